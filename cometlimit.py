@@ -1,0 +1,1276 @@
+# SPDX-License-Identifier: MIT
+"""Ask a chat completions API many questions at once, at the pace its rate limit allows.
+
+One file, standard library only, CPython 3.6 or newer: copy it into your project.
+
+    import cometlimit
+    print(cometlimit.ask_all(["Say hello.", "Write a title."], model="your-model-id"))
+
+    with cometlimit.Client(model="your-model-id", max_concurrency=5) as client:
+        for done in client.map(prompts, return_exceptions=True):
+            print(done)  # a Completion or an Error, in the prompts' order
+
+What it promises (all times are in seconds):
+  * Answers come in the order of the prompts, and none is lost.
+  * Never more than max_concurrency requests are in flight, retries included.
+  * The provider's limit is found by itself; one refusal holds everybody back.
+  * What may pass is tried again, never later than max_delay; what cannot pass is not.
+  * The key is shown nowhere, redirects are not followed, certificates are verified.
+  * Every HTTP attempt leaves a Record; whatever waits can be interrupted.
+
+    Error                       every failure; nothing else is raised
+    +-- ConfigurationError      a key, URL, prompt or parameter cannot work: nothing was sent
+    +-- APIConnectionError      no whole answer: no connection, TLS, a reset, a cut-off body
+    |   +-- APITimeoutError     no whole answer in time
+    +-- APIStatusError          a status of failure
+    |   +-- RateLimitError      429
+    +-- APIResponseError        a 2xx answer that holds no completion
+"""
+import binascii
+import collections
+import concurrent.futures
+import email.utils
+import heapq
+import http.client
+import io
+import json
+import logging
+import math
+import os
+import random
+import re
+import select
+import socket
+import threading
+import time
+import urllib.parse
+import urllib.request
+from typing import (Any, Callable, Deque, Dict, Iterable, Iterator, List, NamedTuple, Optional,
+                    Set, Tuple, Type, Union)
+
+try:
+    import ssl
+except ImportError:  # without OpenSSL, http to this machine still works
+    ssl = None  # type: ignore[assignment]
+
+__all__ = ["APIConnectionError", "APIResponseError", "APIStatusError", "APITimeoutError", "Client",
+           "Completion", "ConfigurationError", "Error", "Metrics", "RateLimitError", "Record",
+           "Throttle", "ask_all", "backoff"]
+__version__ = "1.0.0"
+
+BASE_URL = "https://api.cometapi.com/v1"
+# CometAPI documents 429, 500, 503, 504 and 524 as passing; the others are their kin at gateways.
+RETRYABLE = frozenset({408, 429, 500, 502, 503, 504, 520, 521, 522, 523, 524, 529})
+# What no repetition cures, whatever the status: CometAPI answers an unknown model with 503 and a
+# malformed request with 500. Compared with both the code and the type of an error.
+PERMANENT = frozenset("""
+    access_denied access_terminated billing_hard_limit_reached billing_not_active content_filter
+    content_policy_violation context_length_exceeded convert_request_failed count_token_failed
+    credit_balance_exhausted gen_relay_info_failed insufficient_quota insufficient_user_quota
+    invalid_api_key invalid_request invalid_request_error missing_required_parameter
+    model_not_found model_price_error permission_denied pre_consume_token_quota_failed
+    prompt_blocked quota_exceeded sensitive_words_detected unsupported_model""".split())
+
+_AHEAD = 8              # prompts taken per worker: rides over one slow answer, in bounded memory
+_CONNECT = 15.0         # a host that has not answered a fourth SYN will not answer at all
+_IDLE = 20.0            # a thread without work for so long ends, and closes its connection
+_CLOSING = 0.5          # how long close() waits for threads to end
+_MAX_ANSWER = 64 << 20  # bytes; more than any completion, less than the memory
+_MAX_ERROR = 64 << 10   # bytes; a gateway was seen to send an error of 114 MB
+_MAX_DEPTH = 200        # json recurses in C: a hostile answer could overrun a thread's stack
+_MIN_SECRET = 6         # a shorter key is a placeholder such as "none", which words may contain
+
+Prompt = Union[str, List[Dict[str, Any]]]  # one message of a user, or a conversation
+
+_log = logging.getLogger("cometlimit")
+
+# Time and chance, which the tests replace.
+_now, _wall, _random = time.monotonic, time.time, random.random
+
+
+def _wait(condition: threading.Condition, seconds: float) -> None:
+    condition.wait(seconds)
+
+
+# Errors
+
+
+class Error(Exception):
+    """Every failure; its text says what happened, in the server's words where there are any.
+
+    attempts, records    how many requests were made for the prompt, and a Record of each
+    retryable            whether the same request may pass later
+    retry_after          seconds the last answer asked to wait, or None
+    status_code, request_id, body           of the last answer; its JSON value, or its text
+    code, type, param, message              the server's own, where it gave them
+    """
+
+    attempts: int = 0
+    records: Tuple["Record", ...] = ()
+    retryable: bool = False
+    retry_after: Optional[float] = None
+    status_code: Optional[int] = None
+    overload: Optional[int] = None  # the status as the throttle is to see it
+    request_id: Optional[str] = None
+    code: Optional[str] = None
+    type: Optional[str] = None
+    param: Optional[str] = None
+    message: Optional[str] = None
+    body: Any = None
+
+    def __init__(self, text: str, **details: Any) -> None:
+        super().__init__(text)
+        self.__dict__.update(details)  # which are pickled along
+
+
+class ConfigurationError(Error, ValueError):
+    """A key, URL, prompt or parameter that cannot work. Nothing was sent."""
+
+    code = "invalid_request"
+
+
+class APIConnectionError(Error):
+    """No whole answer: no connection, no TLS, a reset, a cut-off body."""
+
+    code = "connection_error"
+
+
+class APITimeoutError(APIConnectionError):
+    """No whole answer in time. The server may have worked, and charge for it."""
+
+    code = "timeout"
+
+
+class APIStatusError(Error):
+    """The server answered with a status of failure."""
+
+
+class RateLimitError(APIStatusError):
+    """Status 429: too many requests or, with code insufficient_quota, too little money."""
+
+
+class APIResponseError(Error):
+    """A 2xx answer that is no completion: not JSON, without choices, an error in disguise."""
+
+    code = "invalid_response"
+
+
+# Values
+
+
+class Record(NamedTuple):
+    """One HTTP attempt."""
+
+    time: float               # when it left, as of time.time()
+    route: str                # its path, such as /v1/chat/completions
+    model: str                # as asked for
+    status: Optional[int]     # None without an answer
+    latency: float            # from connecting to the answer's last byte
+    attempt: int              # 1 for the first
+    waited: float             # before it, in the line and in backoff
+    request_id: Optional[str]
+    error: Optional[str]      # a code such as timeout or rate_limit_exceeded
+    prompt_tokens: int
+    completion_tokens: int
+
+
+class Completion(NamedTuple):
+    """One answer."""
+
+    text: str                 # empty where the model calls a tool or a filter struck
+    model: str                # as returned: often a dated snapshot of the one asked for
+    finish_reason: Optional[str]
+    usage: Dict[str, Any]
+    request_id: Optional[str]
+    attempts: int
+    latency: float            # of the last attempt
+    body: Dict[str, Any]      # the whole answer
+
+
+class Stats:
+    """What became of the requests for one model on one route."""
+
+    def __init__(self) -> None:
+        self.requests = self.answers = self.retries = 0
+        self.prompt_tokens = self.completion_tokens = 0
+        self.statuses: Dict[Optional[int], int] = collections.Counter()
+        # Answers by latency in steps of 5 %: quantiles of millions in few numbers that add up.
+        self.latencies: Dict[int, int] = collections.Counter()
+        self.pace: Optional[float] = None
+        self.window: Optional[float] = None
+
+    def count(self, record: Record) -> None:
+        self.requests += 1
+        self.retries += record.attempt > 1
+        self.statuses[record.status] += 1
+        if record.error is None:
+            self.answers += 1
+            self.latencies[round(math.log(max(record.latency, 1e-6), 1.05))] += 1
+            self.prompt_tokens += record.prompt_tokens
+            self.completion_tokens += record.completion_tokens
+
+    def latency(self, share: float) -> float:
+        """The latency that this share of the answers did not exceed (1.0: the longest), +-2.5 %."""
+        left = share * self.answers - 1e-9
+        for step in sorted(self.latencies):
+            left -= self.latencies[step]
+            if left <= 0.0:
+                return float(1.05 ** step)
+        return 0.0
+
+    def __add__(self, other: "Stats") -> "Stats":
+        total = Stats()
+        for name in set(vars(self)) - {"pace", "window"}:  # those belong to one client's present
+            setattr(total, name, getattr(self, name) + getattr(other, name))
+        return total
+
+
+class Metrics(Dict[Tuple[str, str], Stats]):
+    """Stats by (route, model); two can be added up.
+
+    Stats have requests, answers, retries, statuses (how many of each; None: no answer),
+    prompt_tokens, completion_tokens, latency(share) as latency(0.95), and what the throttle holds
+    to now: pace (requests a second) and window (in flight), None while no limit has been met.
+    """
+
+    def __add__(self, other: "Metrics") -> "Metrics":
+        return Metrics((key, self.get(key, Stats()) + other.get(key, Stats()))
+                       for key in sorted(set(self) | set(other)))
+
+
+# The client
+
+
+class Client:
+    """An endpoint and the manner of calling it: a context manager, safe to use from many threads.
+
+    api_key          else the environment's COMETAPI_KEY
+    base_url         else COMETAPI_BASE_URL, else CometAPI's; https, or http to this machine
+    model            for prompts that name none
+    max_concurrency  requests in flight at once, retries included
+    max_retries      attempts after the first
+    max_delay        the longest wait between two attempts, whatever Retry-After says
+    timeout          for one attempt, from connecting to the last byte
+    deadline         for one prompt with all its waits and attempts
+    ca_file          CA certificates (PEM) to trust besides the system's; else REQUESTS_CA_BUNDLE or
+                     CURL_CA_BUNDLE. SSL_CERT_FILE and the *_proxy variables are obeyed too
+    on_record        called with each Record, in the thread that made the attempt
+
+    Leaving the `with` block waits for what was submitted; by an exception, or with close(), it
+    does not. Raises ConfigurationError. Cannot be pickled: make one in each process.
+    """
+
+    def __init__(self, *, api_key: Optional[str] = None, base_url: Optional[str] = None,
+                 model: Optional[str] = None, max_concurrency: int = 5, max_retries: int = 4,
+                 max_delay: float = 30.0, timeout: float = 600.0,
+                 deadline: Optional[float] = None, ca_file: Optional[str] = None,
+                 on_record: Optional[Callable[[Record], Any]] = None) -> None:
+        for name, count, least in (("max_concurrency", max_concurrency, 1),
+                                   ("max_retries", max_retries, 0)):
+            if type(count) is not int or count < least:
+                raise ConfigurationError("%s is a whole number from %d, not %r"
+                                         % (name, least, count))
+        for name, span in (("max_delay", max_delay), ("timeout", timeout),
+                           ("deadline", 1.0 if deadline is None else deadline)):
+            if type(span) not in (int, float) or not 0 < span < math.inf:
+                raise ConfigurationError("%s is a number of seconds above 0, not %r" % (name, span))
+        if on_record is not None and not callable(on_record):
+            raise ConfigurationError("on_record is a function of a Record, not %r" % (on_record,))
+        self.model, self.max_concurrency, self.max_retries = model, max_concurrency, max_retries
+        self.max_delay, self.timeout, self.deadline = max_delay, timeout, deadline
+        self.on_record = on_record
+        self._endpoint = _Endpoint(_key(api_key), _base_url(base_url), ca_file)
+        self._pools: Dict[int, _Pool] = {}
+
+    def ask(self, prompt: Prompt, **params: Any) -> str:
+        """The text of the answer to one prompt."""
+        return self.complete(prompt, **params).text
+
+    def complete(self, prompt: Prompt, **params: Any) -> Completion:
+        """The answer to a prompt: a string (one user message) or a list of messages.
+
+        `params` go into the request's body untouched: model=, temperature=, max_tokens= ...
+        """
+        call = self.submit(prompt, **params)
+        try:
+            done: Completion = call.result()
+            return done
+        finally:
+            self._pool.drop([call])  # after Ctrl-C: what nobody waits for is not sent again
+
+    def submit(self, prompt: Prompt, **params: Any) -> "_Call":
+        """complete() as a concurrent.futures.Future; it can be cancelled until it is sent."""
+        call = self._call(prompt, params)
+        self._pool.submit(call)
+        return call
+
+    def map(self, prompts: Iterable[Prompt], *, return_exceptions: bool = False,
+            **params: Any) -> Iterator[Any]:
+        """The Completions of many prompts, lazily and in their order; they may be endless.
+
+        A prompt that fails raises its Error in its turn or, with return_exceptions, yields it. Up
+        to 8 x max_concurrency prompts are taken ahead. Leaving the loop early cancels what was not
+        sent, and hangs up on what was.
+        """
+        ahead: Deque[_Call] = collections.deque()
+        source, more = self._calls(prompts, params), True
+        try:
+            while more or ahead:
+                if more and len(ahead) < _AHEAD * self.max_concurrency and not (
+                        ahead and ahead[0].done()):
+                    for call in source:
+                        ahead.append(call)
+                        if not call.done():
+                            self._pool.submit(call)
+                        break
+                    else:
+                        more = False
+                    continue
+                error = ahead[0].exception()
+                if error is not None and not (return_exceptions and isinstance(error, Error)):
+                    raise error
+                yield error or ahead[0].result()
+                ahead.popleft()
+        finally:
+            self._pool.drop(ahead)
+
+    @property
+    def metrics(self) -> Metrics:
+        """What became of the requests so far."""
+        return self._pool.metrics()
+
+    def close(self) -> None:
+        """End at once: what waits fails with an Error, what is in flight is hung up on."""
+        self._pool.close()
+
+    def __enter__(self) -> "Client":
+        return self
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        try:
+            if kind is None:
+                self._pool.join()
+        finally:
+            self.close()
+
+    def __repr__(self) -> str:
+        return "<cometlimit.Client %s model=%r>" % (self._endpoint.url, self.model)
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a Client holds a key and connections: make one in each process")
+
+    @property
+    def _pool(self) -> "_Pool":  # one a process: threads, locks and connections do not survive fork
+        pid = os.getpid()
+        return self._pools.get(pid) or self._pools.setdefault(pid, _Pool(self, self._endpoint))
+
+    def _call(self, prompt: Prompt, params: Dict[str, Any]) -> "_Call":
+        if isinstance(prompt, str):
+            prompt = [{"role": "user", "content": prompt}]
+        if not isinstance(prompt, (list, tuple)) or not prompt or {*map(type, prompt)} != {dict}:
+            raise ConfigurationError("a prompt is a string or a list of messages (dicts), not %s"
+                                     % type(prompt).__name__)
+        body = dict({"model": self.model, "messages": prompt}, **params)
+        if not isinstance(body["model"], str) or not body["model"]:
+            raise ConfigurationError('no model is named: Client(model="your-model-id")')
+        if body.get("stream"):
+            raise ConfigurationError("stream cannot be used: answers come whole")
+        try:
+            payload = json.dumps(body, allow_nan=False).encode()
+        except (TypeError, ValueError, RecursionError) as fault:
+            raise ConfigurationError("the request cannot be made JSON: %s" % fault) from None
+        return _Call(body["model"], payload, _now() + (self.deadline or math.inf))
+
+    def _calls(self, prompts: Iterable[Prompt], params: Dict[str, Any]) -> "Iterator[_Call]":
+        """A call for each prompt; what is wrong with one, or ends them, fails in its turn."""
+        if isinstance(prompts, (str, bytes)):
+            raise ConfigurationError("prompts is a list of prompts; for a single one there is ask()")
+        source = iter(prompts)
+        error: Optional[BaseException] = None
+        while error is None or isinstance(error, Error):
+            try:
+                yield self._call(next(source), params)
+            except StopIteration:
+                return
+            except Exception as fault:
+                error, call = fault, _Call()
+                call.set_exception(fault)
+                yield call
+
+
+def ask_all(prompts: Iterable[Prompt], **client_options: Any) -> List[str]:
+    """The texts of the answers, in the prompts' order. Takes Client's options; raises Error."""
+    with Client(**client_options) as client:
+        return [done.text for done in client.map(prompts)]
+
+
+class _Call(concurrent.futures.Future):
+    """One prompt on its way: a Future of its Completion, and what came of it so far."""
+
+    def __init__(self, model: str = "", payload: bytes = b"", expires: float = math.inf) -> None:
+        super().__init__()
+        self.model, self.payload, self.expires = model, payload, expires
+        self.records: Tuple[Record, ...] = ()
+        self.error: Optional[Error] = None  # of the last attempt
+        self.since = _now()   # when it began to wait
+        self.turn = 0         # its place in the line
+        self.ticket: Any = None  # the throttle's, while in flight
+        self.over = False     # its outcome stands: whoever set this, under the lock, hands it over
+
+    def hand_over(self, outcome: Union[Completion, Error]) -> None:
+        """Runs callbacks, so never with a lock held."""
+        if self.running() or self.set_running_or_notify_cancel():
+            if isinstance(outcome, Error):
+                self.set_exception(outcome)
+            else:
+                self.set_result(outcome)
+
+
+class _Pool:
+    """The calls that wait, and the threads that carry them.
+
+    A thread takes the call whose turn it is, makes one attempt and settles what came of it. A call
+    that is to be tried again holds no thread: it rests in `timers`, then goes to the back of its
+    line. `lock` guards everything here; nothing is sent and no user's code runs while it is held.
+    """
+
+    def __init__(self, client: Client, endpoint: "_Endpoint") -> None:
+        self.client, self.endpoint = client, endpoint
+        self.lock = threading.Lock()
+        self.changed = threading.Condition(self.lock)  # for threads: there may be a call to take
+        self.ended = threading.Condition(self.lock)    # for join(): there may be none left
+        self.calls: Set[_Call] = set()  # all that are not over
+        self.lines: Dict[str, Deque[_Call]] = {}  # those that wait, by model
+        self.throttles: Dict[str, Throttle] = {}
+        self.timers: List[Tuple[float, int, _Call]] = []  # a heap: backoffs, deadlines
+        self.stats: Dict[str, Stats] = {}
+        self.wires: List[_Wire] = []  # one for each thread
+        self.turns = self.idle = 0
+        self.alarm = math.inf  # when the idle thread that watches the clock will wake
+        self.closed = False
+
+    def submit(self, call: _Call) -> None:
+        with self.lock:
+            if self.closed:
+                raise ConfigurationError("the client is closed: make a new one")
+            if self.idle <= sum(map(len, self.lines.values())) and (
+                    len(self.wires) < self.client.max_concurrency):
+                self._hire()
+            self.calls.add(call)
+            self._line_up(call)
+            if call.expires < math.inf:
+                self._set_timer(call.expires, call)
+            self.changed.notify()
+
+    def drop(self, calls: Iterable[_Call], why: str = "nobody waited for it any more") -> None:
+        """End calls at once: what waits is not sent, what is in flight is hung up on."""
+        with self.lock:
+            dropped = [call for call in calls if not call.over]
+            for call in dropped:
+                call.over = True
+            if dropped:
+                self.calls.difference_update(dropped)
+                for model, line in self.lines.items():
+                    self.lines[model] = collections.deque(call for call in line if not call.over)
+                for wire in self.wires:
+                    if wire.call is not None and wire.call.over:
+                        wire.hang_up()
+                self.ended.notify_all()
+        for call in dropped:
+            call.hand_over(Error("given up: " + why, attempts=len(call.records),
+                                 records=call.records))
+
+    def join(self) -> None:
+        """Wait until every call is over and its callbacks have run."""
+        with self.lock:
+            while self.calls:
+                self.ended.wait()
+
+    def close(self) -> None:
+        with self.lock:
+            self.closed = True
+            calls, wires = list(self.calls), list(self.wires)
+            self.changed.notify_all()
+        self.drop(calls, "the client was closed")
+        end = time.monotonic() + _CLOSING
+        for wire in wires:
+            if wire.thread is not threading.current_thread():
+                wire.thread.join(max(0.0, end - time.monotonic()))
+
+    def metrics(self) -> Metrics:
+        with self.lock:
+            snapshot = Metrics()
+            for model, stats in self.stats.items():
+                snapshot[self.endpoint.route, model] = copy = Stats() + stats
+                copy.pace, copy.window = self.throttles[model].pace, self.throttles[model].window
+            return snapshot
+
+    def _hire(self) -> None:
+        wire = _Wire(self.endpoint)
+        wire.thread = threading.Thread(  # a daemon: the interpreter's end does not wait for a read
+            target=self._work, args=(wire,), name="cometlimit", daemon=True)
+        try:
+            wire.thread.start()
+        except RuntimeError as fault:  # the system's limit, or the interpreter is ending
+            if not self.wires:
+                raise Error("no thread can be started to send requests: %s" % fault) from None
+        else:
+            self.wires.append(wire)
+
+    def _line_up(self, call: _Call) -> None:
+        if call.model not in self.lines:
+            self.lines[call.model] = collections.deque()
+            self.throttles[call.model] = Throttle(self.client.max_delay, lambda: _random())
+        self.turns += 1
+        call.turn = self.turns
+        self.lines[call.model].append(call)
+
+    def _set_timer(self, due: float, call: _Call) -> None:
+        self.turns += 1
+        heapq.heappush(self.timers, (due, self.turns, call))
+        if len(self.timers) > 4 * len(self.calls) + 64:  # most are deadlines of calls long over
+            self.timers = [timer for timer in self.timers if not timer[2].over]
+            heapq.heapify(self.timers)
+
+    def _work(self, wire: "_Wire") -> None:
+        call = self._take(wire)
+        while call is not None:
+            if call.ticket is None:  # its deadline passed in the line
+                call.hand_over(call.error or APITimeoutError("not sent before its deadline"))
+            else:
+                outcome, record = self._attempt(wire, call)
+                if self._settle(call, outcome, record):
+                    call.hand_over(outcome)
+            call = self._take(wire)
+        wire.close()
+
+    def _take(self, wire: "_Wire") -> Optional[_Call]:
+        """The call whose turn it is, as soon as it may be sent; None when the thread is to end."""
+        with self.lock:
+            if wire.call is not None and wire.call.over:
+                self.calls.discard(wire.call)
+                self.ended.notify_all()
+            wire.call = None
+            while not self.closed:
+                now = _now()
+                call, due = self._next(now)
+                if call is None:
+                    if not self._rest(now, due):
+                        break
+                elif call.over:
+                    return wire.begin(call)
+                elif call.running() or call.set_running_or_notify_cancel():
+                    call.ticket = self.throttles[call.model].sent(now)
+                    if self.idle:
+                        self.changed.notify()  # another has to watch the clock meanwhile
+                    return wire.begin(call)
+                else:  # cancelled
+                    call.over = True
+                    self.calls.discard(call)
+            self.wires.remove(wire)
+            return None
+
+    def _next(self, now: float) -> Tuple[Optional[_Call], float]:
+        """The call whose turn it is, else None and when to look again.
+
+        First come, first served, whatever the model. One whose deadline has passed comes out over.
+        """
+        while self.timers and self.timers[0][0] <= now:
+            call = heapq.heappop(self.timers)[2]
+            if not call.over and call.ticket is None:
+                if call.expires <= now:
+                    call.over = True
+                    return call, now
+                self._line_up(call)
+        first, due = None, self.timers[0][0] if self.timers else math.inf
+        for model, line in self.lines.items():
+            while line and line[0].over:
+                line.popleft()
+            wait = self.throttles[model].wait(now) if line else math.inf
+            if wait > 0.0:
+                due = min(due, now + wait)
+            elif first is None or line[0].turn < first[0].turn:
+                first = line
+        return (first.popleft() if first else None), due
+
+    def _rest(self, now: float, due: float) -> bool:
+        """Sleep until something changes; False after a long time without work.
+
+        Only the idle thread with the earliest alarm watches the clock: were all to wake for each
+        request that may leave, they would do little else.
+        """
+        watch = due < self.alarm
+        self.idle += 1
+        if watch:
+            self.alarm = due
+            _wait(self.changed, due - now)
+            self.alarm = math.inf if self.alarm == due else self.alarm
+        else:
+            self.changed.wait(_IDLE)
+        self.idle -= 1
+        return watch or bool(self.calls) or _now() - now < _IDLE
+
+    def _attempt(self, wire: "_Wire", call: _Call) -> Tuple[Union[Completion, Error], Record]:
+        """One HTTP exchange, whatever comes of it, and its Record."""
+        began, wall, key = _now(), _wall(), self.endpoint.key
+        status: Optional[int] = None
+        outcome: Any
+        try:
+            answer = wire.post(call.payload, min(began + self.client.timeout, call.expires))
+            status, outcome = answer.status, _understand(answer, key)
+        except Exception as fault:  # whatever it is, somebody waits for the outcome
+            outcome = _translate(fault, wire.connected, key)
+        latency, number, code, usage = _now() - began, len(call.records) + 1, None, {}
+        if isinstance(outcome, Error):
+            code = outcome.code or "http_%s" % status
+        else:
+            outcome, usage = outcome._replace(attempts=number, latency=latency), outcome.usage
+        record = Record(wall, self.endpoint.route, call.model, status, latency, number,
+                        began - call.since, outcome.request_id, code, *(
+                            usage[name] if isinstance(usage.get(name), int) else 0
+                            for name in ("prompt_tokens", "completion_tokens")))
+        call.records += (record,)
+        if isinstance(outcome, Error):
+            outcome.attempts, outcome.records = number, call.records
+        _log.debug("%r", record)
+        try:
+            if self.client.on_record is not None:
+                self.client.on_record(record)
+        except BaseException:  # a mistake in it, even sys.exit(), must not cost an answer
+            _log.exception("on_record failed")
+        return outcome, record
+
+    def _settle(self, call: _Call, outcome: Union[Completion, Error], record: Record) -> bool:
+        """Learn from an attempt, and end the call or have it tried again: the one place that
+        decides. Whether the outcome is to be handed over."""
+        error = outcome if isinstance(outcome, Error) else None
+        hint = error.retry_after if error else None
+        pause = backoff(record.attempt, hint, self.client.max_delay, _random)
+        with self.lock:
+            now, throttle = _now(), self.throttles[call.model]
+            known = throttle.congestions
+            if error is None or error.overload is None or call.over:
+                throttle.answered(call.ticket, now)
+            else:
+                throttle.refused(call.ticket, now, error.overload, hint)
+            met = throttle.congestions > known
+            self.stats.setdefault(call.model, Stats()).count(record)
+            call.error, call.ticket, call.since = error, None, now
+            again = (error is not None and error.retryable and not call.over and not self.closed
+                     and record.attempt <= self.client.max_retries and now + pause < call.expires)
+            handed = not again and not call.over
+            if again:
+                self._set_timer(now + pause, call)
+            else:
+                call.over = True
+        if met:
+            _log.info("model %s: limit met: pace %s/s, window %s, nothing leaves for %.1f s",
+                      call.model, throttle.pace and round(throttle.pace, 3), throttle.window,
+                      max(0.0, throttle.until - now))
+        if again:
+            _log.info("model %s: attempt %d of %d: %s; next in %.1f s", call.model, record.attempt,
+                      self.client.max_retries + 1, error, pause)
+        return handed
+
+
+# The throttle
+
+
+def backoff(attempt: int, retry_after: Optional[float] = None, max_delay: float = 30.0,
+            random: Callable[[], float] = random.random) -> float:
+    """Seconds from attempt number `attempt` (from 1) to the next one, at most max_delay.
+
+    Doubles from 1 s, by chance 25 % less or more, so that those refused together do not return
+    together. A Retry-After is a floor: chance is added to it and never takes from it.
+    """
+    base = min(max_delay / 1.25, 2.0 ** min(attempt - 1, 10))  # so that the longest varies as well
+    chance = random()
+    delay = base * (0.75 + chance / 2)
+    if retry_after is not None:
+        delay = max(delay, retry_after + base * chance / 2)
+    return min(delay, max_delay)
+
+
+class Ticket(NamedTuple):
+    time: float
+    serial: int
+    others: int
+    extra: bool
+
+
+class Throttle:
+    START = 20.0
+    RAMP = 0.7
+    DIP = 0.1
+    SHARED = 0.9
+    OVER = 1.3
+    SECONDS = 10.0
+    REQUESTS = 10
+    ROW = 3
+    FEW = 1
+    HOLD = 1.0
+    GROW = 1.5
+
+    def __init__(self, max_delay=30.0, random=random.random):
+        self.max_delay, self.random = max_delay, random
+        self.pace = self.window = self.rate = None
+        self.congestions = 0
+        self.until = self.next_at = self.cut = -math.inf
+        self.opened = None       # when the stretch being measured began
+        self.reopened = None
+        self.taken = 0           # requests taken in it
+        self.pausing = False
+        self.flying = self.serial = 0
+        self.short = 0           # stretches in a row that took little
+        self.row = 0
+        self.last_trouble = -9
+        self.last_refused = -9
+        self.slow = self.probe_at = 0.0
+        self.extra_at = 0.0
+        self.hold = self.HOLD
+        self.full = 0
+
+    def wait(self, now):
+        ready = max(self.until, self.next_at, self.probe_at)
+        if self.window is not None and self.flying >= self.window:
+            ready = max(ready, self.extra_at)
+        return max(0.0, ready - now)
+
+    def sent(self, now):
+        if self.opened is None:
+            self.opened = self.reopened = now
+        if self.pausing:
+            self.measure()
+        extra = self.window is not None and self.flying >= self.window
+        if extra:
+            self.window = self.flying + 1
+            self.extra_at = now + 0.1
+        self.serial += 1
+        ticket = Ticket(now, self.serial, self.flying, extra)
+        self.flying += 1
+        self.taken += 1
+        if self.next_at > -math.inf:
+            idle = max(0.0, now - max(self.next_at, self.until) - 0.05)
+            if self.window is None or self.flying < self.window:
+                self.opened += idle
+            self.reopened += idle
+        self.probe_at = now + self.slow
+        self.slow /= 2
+        self.next_at = max(self.next_at, now - 0.05) + 1 / self.speed(now)
+        return ticket
+
+    def speed(self, now):
+        t = max(0.0, now - self.reopened)
+        if self.rate is None:
+            return self.START * math.exp(min(t / self.RAMP, 20))
+        x = t / max(self.SECONDS, self.REQUESTS / self.rate)
+        self.pace = self.rate * (1 + self.DIP * (x - 1) ** 3)
+        return self.pace
+
+    def measure(self):
+        self.pausing = False
+        if self.taken:
+            measured = self.taken / (self.until - self.opened)
+            if self.rate is None:
+                self.rate = measured
+            else:
+                rate = measured
+                self.rate = rate * self.SHARED if self.pace < self.rate else rate
+            self.opened = self.until
+        self.reopened = self.until
+        self.short = self.short + 1 if self.taken < self.FEW else 0
+        self.taken = 0
+
+    def answered(self, ticket, now):
+        self.flying -= 1
+        if ticket.extra:
+            self.hold = self.HOLD
+        if ticket.time > self.cut and self.slow:
+            self.row = 0
+            self.slow = 0.0
+            self.probe_at = now
+
+    def refused(self, ticket, now, status, retry_after):
+        self.flying -= 1
+        self.taken -= 1
+        trip = now - ticket.time
+        pause = min(retry_after or 0.0, self.max_delay)
+        if status != 429:
+            self.row = self.row + 1 if ticket.serial - self.last_trouble <= 2 else 1
+            self.last_trouble = ticket.serial
+            if self.row < self.ROW:
+                return
+            if ticket.time >= self.cut:
+                self.cut = now
+                self.congestions += 1
+                self.slow = min(self.max_delay, 0.5 * self.GROW ** min(self.row - self.ROW, 12))
+                until = max(self.until, now + self.slow * (.75 + self.random() / 4))
+                self.opened += until - now
+                self.reopened += until - now
+                self.until = until
+                self.next_at = max(self.until, self.next_at)
+            return
+        again = ticket.serial - self.last_refused <= 1
+        self.last_refused = ticket.serial
+        full, self.full = self.full, ticket.others
+        if ticket.time < self.cut:
+            pass
+        elif self.window is not None and ticket.others >= max(1, full, self.window - 1):
+            self.window = max(1, ticket.others)
+            self.hold = min(60.0, 2 * self.hold)
+            self.extra_at = now + self.hold
+        else:
+            self.cut = now
+            self.congestions += 1
+            self.pausing = True
+            self.hold = self.HOLD
+            self.extra_at = now + self.hold
+            self.window = max(1, ticket.others)
+            unit = 1.0 if self.rate is None else max(1 / self.rate, trip)
+            self.slow = 2 * trip
+            pause = pause or min(self.max_delay, unit * 2 ** min(self.short, 12)) * (.75 + self.random() / 4)
+        if self.pausing and now + pause > self.until:
+            self.until = self.next_at = now + pause
+
+
+# The wire
+
+
+class _Answer(NamedTuple):
+    status: int
+    headers: http.client.HTTPMessage
+    body: bytes
+
+
+class _Endpoint:
+    """Where requests go: the checked URL, the headers, the proxy, and the one TLS context."""
+
+    def __init__(self, key: str, base_url: str, ca_file: Optional[str]) -> None:
+        parts = urllib.parse.urlsplit(base_url)
+        self.key, self.url = key, base_url + "/chat/completions"
+        self.route = self.target = parts.path + "/chat/completions"
+        secure = parts.scheme == "https"
+        self.address = (parts.hostname or "", parts.port or (443 if secure else 80))
+        self.context = _tls_context(ca_file) if secure else None
+        self.headers = {"Authorization": "Bearer " + key, "Content-Type": "application/json",
+                        "Accept": "application/json", "User-Agent": "cometlimit/" + __version__}
+        self.proxy, self.login = _proxy(parts.scheme, parts.netloc)
+        if self.proxy and not self.context:  # is asked by the whole URL; for https, by CONNECT
+            self.target = self.url
+            self.headers.update(self.login)
+
+    def connection(self) -> http.client.HTTPConnection:
+        host, port = self.proxy or self.address
+        if not self.context:
+            return http.client.HTTPConnection(host, port)
+        connection = http.client.HTTPSConnection(host, port, context=self.context)
+        if self.proxy:
+            connection.set_tunnel(*self.address, headers=self.login)
+        return connection
+
+
+class _Wire:
+    """One thread's connection, kept alive from request to request."""
+
+    def __init__(self, endpoint: _Endpoint) -> None:
+        self.endpoint = endpoint
+        self.thread: Any = None
+        self.call: Optional[_Call] = None  # in flight on it
+        self.connection: Optional[http.client.HTTPConnection] = None
+        self.sock: Any = None  # which the connection forgets before the body is read
+        self.expires = math.inf  # when the present attempt is to end
+        self.connected = False   # TCP and TLS stand
+        self.heard = False       # a byte of the present answer has come
+        self.cut = False         # hung up on
+
+    def begin(self, call: _Call) -> _Call:
+        self.call, self.cut = call, False
+        return call
+
+    def post(self, payload: bytes, expires: float) -> _Answer:
+        """Send a request and read its answer, all by `expires`.
+
+        The server may have closed a kept connection meanwhile. Where that shows before any byte of
+        an answer, the request goes out once more on a fresh one, as the same attempt. That the
+        server read it and died cannot be excluded; browsers take the same risk.
+        """
+        self.expires = expires
+        if self.connection is not None and _readable(self.sock):
+            self.close()  # closed by the server, or out of step: nothing is due on an idle line
+        kept = self.connection is not None
+        try:
+            return self._exchange(payload)
+        except _HANG_UPS:
+            if not kept or self.heard or self.cut:
+                raise
+            return self._exchange(payload)
+
+    def left(self) -> float:
+        """Seconds left for the attempt. Raises socket.timeout when there are none."""
+        left = self.expires - _now()
+        if left <= 0:
+            raise socket.timeout("timed out")
+        return left
+
+    def hang_up(self) -> None:
+        """End the attempt, from another thread."""
+        self.cut = True
+        try:  # SSLSocket's own shutdown would take the TLS state from under the thread that reads
+            socket.socket.shutdown(self.sock, socket.SHUT_RDWR)
+        except (OSError, TypeError):
+            pass  # there is no connection yet, or no more
+
+    def close(self) -> None:
+        if self.connection is not None:
+            self.connection.close()
+        self.connection = self.sock = None
+
+    def _exchange(self, payload: bytes) -> _Answer:
+        keep = False
+        try:
+            connection = self.connection or self._connect()
+            self.heard = False
+            self.sock.settimeout(self.left())
+            early = False
+            try:
+                connection.request("POST", self.endpoint.target, payload, self.endpoint.headers)
+            except _HANG_UPS:
+                early = True  # a refusal, 413 say, may lie there; if not, reading fails as well
+            response = connection.getresponse()
+            body = self._read(response)
+            # After a 1xx other than 100, http.client has not read the real answer yet.
+            keep = response.isclosed() and not early and response.status >= 200
+            return _Answer(response.status, response.headers, body)
+        finally:
+            if not keep:
+                self.close()
+
+    def _connect(self) -> http.client.HTTPConnection:
+        self.connected = False
+        self.connection = connection = self.endpoint.connection()
+        setattr(connection, "_create_connection", self._dial)
+        setattr(connection, "response_class", self._response)
+        connection.connect()
+        self.sock, self.connected = connection.sock, True
+        if self.cut:
+            raise ConnectionAbortedError("hung up")
+        return connection
+
+    def _dial(self, address: Tuple[str, int], *_: Any) -> socket.socket:
+        """socket.create_connection with one bound for all the addresses of a name together."""
+        end = _now() + min(self.left(), _CONNECT)
+        found = socket.getaddrinfo(address[0], address[1], 0, socket.SOCK_STREAM)
+        places: List[Any] = [info[4] for info in found]
+        while places:
+            share = max(0.001, (end - _now()) / len(places))
+            host, port = places.pop(0)[:2]
+            try:
+                self.sock = sock = socket.create_connection((host, port), share)
+                break
+            except OSError:
+                if not places:
+                    raise
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        if hasattr(socket, "TCP_KEEPIDLE"):  # before a firewall forgets the connection
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 30)
+        sock.settimeout(self.left())
+        return sock
+
+    def _response(self, sock: socket.socket, *args: Any, **options: Any) -> Any:
+        """An HTTPResponse of which every part, the status line too, is due before `expires`."""
+        response = http.client.HTTPResponse(sock, *args, **options)
+        response.fp = io.BufferedReader(_Timed(self, sock, response.fp.detach()))
+        return response
+
+    def _read(self, response: http.client.HTTPResponse) -> bytes:
+        """The body, to at most a byte more than is allowed."""
+        good = 200 <= response.status < 300
+        most, body = _MAX_ANSWER if good else _MAX_ERROR, bytearray()
+        try:
+            while len(body) <= most:
+                piece = response.read(min(most + 1 - len(body), 1 << 16))
+                body += piece
+                if not piece:
+                    if response.length:  # read(n) does not tell: python/cpython#115997
+                        raise http.client.IncompleteRead(b"", response.length)
+                    break
+        except _FAULTS:
+            if good:  # else the status says enough
+                raise
+        return bytes(body)
+
+
+class _Timed(io.RawIOBase):
+    """A socket's bytes until a wire's time is up: the socket's timeout begins anew with each."""
+
+    def __init__(self, wire: _Wire, sock: socket.socket, raw: Any) -> None:
+        self.wire, self.sock, self.raw = wire, sock, raw
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> Any:
+        self.sock.settimeout(self.wire.left())
+        count = self.raw.readinto(buffer)
+        self.wire.heard = self.wire.heard or count > 0
+        return count
+
+    def close(self) -> None:
+        self.raw.close()
+        super().close()
+
+
+_HANG_UPS: Tuple[Type[BaseException], ...] = (ConnectionError,) + (
+    (ssl.SSLEOFError, ssl.SSLZeroReturnError) if ssl else ())
+_FAULTS = (OSError, http.client.HTTPException, ValueError)
+
+
+def _readable(sock: socket.socket) -> bool:
+    if not hasattr(select, "poll"):
+        return bool(select.select([sock], [], [], 0)[0])
+    poll = select.poll()  # which, unlike select, knows no limit of 1024 descriptors
+    poll.register(sock, select.POLLIN)
+    return bool(poll.poll(0))
+
+
+def _tls_context(ca_file: Optional[str]) -> Any:
+    if ssl is None:
+        raise ConfigurationError("https needs an interpreter with the ssl module")
+    name, extra = next(((name, value) for name, value in (
+        ("ca_file", ca_file), ("REQUESTS_CA_BUNDLE", os.environ.get("REQUESTS_CA_BUNDLE")),
+        ("CURL_CA_BUNDLE", os.environ.get("CURL_CA_BUNDLE"))) if value), ("the system", None))
+    try:
+        context = ssl.create_default_context()
+        context.set_alpn_protocols(["http/1.1"])
+        if hasattr(ssl, "TLSVersion"):  # before 3.7, and until 3.9 by default, anything goes
+            context.minimum_version = max(context.minimum_version, ssl.TLSVersion.TLSv1_2)
+        if extra:
+            context.load_verify_locations(**{"capath" if os.path.isdir(extra) else "cafile": extra})
+        return context
+    except (OSError, ValueError, TypeError) as fault:
+        raise ConfigurationError("the CA certificates of %s (%r) cannot be loaded: %s"
+                                 % (name, extra, fault)) from None
+
+
+def _proxy(scheme: str, netloc: str) -> Tuple[Optional[Tuple[str, int]], Dict[str, str]]:
+    """The proxy that the environment has for a URL, and the header that it wants."""
+    named = urllib.request.getproxies().get(scheme)
+    if not named or urllib.request.proxy_bypass(netloc):
+        return None, {}
+    try:
+        parts = urllib.parse.urlsplit(named if "://" in named else "http://" + named)
+        host, port = parts.hostname or "", parts.port or 80
+    except ValueError:
+        host = ""
+    if not host or parts.scheme != "http":
+        raise ConfigurationError("the proxy of %s_proxy cannot be used: only http://host:port can"
+                                 % scheme)
+    if scheme == "http" and not _is_loopback(host):
+        return None, {}  # http is for this machine alone: no other one shall see the key
+    if not parts.username:
+        return (host, port), {}
+    login = urllib.parse.unquote("%s:%s" % (parts.username, parts.password or "")).encode()
+    return (host, port), {"Proxy-Authorization":
+                          "Basic " + binascii.b2a_base64(login, newline=False).decode()}
+
+
+def _is_loopback(host: str) -> bool:
+    return re.match(r"(localhost|127(\.\d{1,3}){3}|::1)$", host) is not None
+
+
+def _translate(fault: BaseException, connected: bool, key: str) -> Error:
+    """The Error for an attempt without an answer: here alone foreign exceptions become ours."""
+    kind = type(fault).__name__
+    text = _redact("%s: %s" % (kind, fault), key)[:300]
+    refused = re.search(r"Tunnel connection failed: ([34]\d\d)", text)
+    if isinstance(fault, socket.timeout):
+        return APITimeoutError("no answer in time" if connected else "no connection in time",
+                               retryable=True, overload=504)
+    if "CERTIFICATE_VERIFY_FAILED" in text or kind == "CertificateError":
+        return APIConnectionError(
+            "the server's certificate is not trusted. Where the network inspects TLS, give its CA "
+            "as ca_file=, SSL_CERT_FILE or REQUESTS_CA_BUNDLE (Python 3.13 also demands of a CA "
+            "that it states its key usage and key identifiers). " + text)
+    if refused:
+        return APIConnectionError("the proxy refuses. " + text)
+    tls = ssl and isinstance(fault, ssl.SSLError) and not isinstance(fault, _HANG_UPS)
+    if tls and not connected:
+        return APIConnectionError("TLS cannot be set up. " + text)
+    if isinstance(fault, _FAULTS):
+        return APIConnectionError("no whole answer. " + text, retryable=True, overload=503)
+    return Error("unexpected " + text)
+
+
+def _understand(answer: _Answer, key: str) -> Union[Completion, Error]:
+    """The Completion that an answer holds, or the Error that it stands for."""
+    try:
+        data = _parse(answer.body.decode("utf-8-sig"))
+        choice = data["choices"][0]
+        text = choice["message"].get("content")
+        if not 200 <= answer.status < 300 or data.get("error"):
+            raise ValueError("a failure")
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return _failure(answer, key)
+    if isinstance(text, list):  # of parts, as some gateways have it
+        text = "".join(str(part.get("text", "")) for part in text if isinstance(part, dict))
+    usage = data.get("usage")
+    return Completion(text if isinstance(text, str) else "", str(data.get("model") or ""),
+                      choice.get("finish_reason"), usage if isinstance(usage, dict) else {},
+                      _request_id(answer, ""), 1, 0.0, data)
+
+
+def _failure(answer: _Answer, key: str) -> Error:
+    """The Error for an answer that is no completion: the server's words, and the verdict."""
+    text = _redact(answer.body[:_MAX_ERROR].decode("utf-8", "replace"), key)
+    try:
+        body = _parse(text)
+    except ValueError:
+        body = text
+    error = body.get("error") if isinstance(body, dict) else None
+    said = error if isinstance(error, dict) else {"message": error} if error else {}
+    words = {name: str(said[name])[:2000] for name in ("code", "type", "param", "message")
+             if said.get(name) not in (None, "")}
+    kind: Type[Error] = APIStatusError if answer.status >= 300 else APIResponseError
+    status, retryable = _verdict(answer, words, not isinstance(body, (dict, list)) or bool(error))
+    return (RateLimitError if answer.status == 429 else kind)(
+        "HTTP %d%s: %s" % (
+            answer.status, "".join(" " + words[name] for name in ("code",) if name in words),
+            "a redirect, which is not followed: check the base URL" if 300 <= answer.status < 400
+            else words.get("message") or " ".join(text[:200].split()) or "an empty body"),
+        status_code=answer.status, body=body, retryable=retryable,
+        overload=status if retryable else None, retry_after=_retry_after(answer.headers),
+        request_id=_request_id(answer, words.get("message", "")), **words)
+
+
+def _verdict(answer: _Answer, words: Dict[str, str], may: bool) -> Tuple[Optional[int], bool]:
+    """The status that a failure stands for, and whether the request may pass when tried again.
+
+    `may` is for a 2xx answer that names no status of its own.
+    """
+    code, hint = words.get("code", ""), answer.headers.get("x-should-retry")
+    status: Optional[int] = answer.status
+    if answer.status < 300:
+        status = int(code) if re.match(r"[1-5]\d\d$", code) else None
+    if code == "bad_response_status_code" and words.get("param", "").isdigit():
+        status = int(words["param"])  # the upstream's own, which the gateway hid
+    if hint in ("true", "false"):
+        return status, hint == "true"
+    if PERMANENT & {words[name].lower() for name in ("code", "type") if name in words}:
+        return status, False
+    if status is None:
+        return status, may and len(answer.body) <= _MAX_ANSWER
+    return status, status in RETRYABLE
+
+
+def _parse(text: str) -> Any:
+    """The value of a JSON text, no matter who wrote it. Raises ValueError."""
+    if text.count("[") + text.count("{") > _MAX_DEPTH:  # each round cancels out the innermost pairs
+        outside = "".join(text.replace("\\\\", "").replace('\\"', "").split('"')[::2])
+        brackets = re.sub(r"[^][]", "", outside.translate({ord("{"): "[", ord("}"): "]"}))
+        for _ in range(_MAX_DEPTH):
+            brackets = brackets.replace("[]", "")
+        if brackets:
+            raise ValueError("JSON that is cut off, or nested more than %d deep" % _MAX_DEPTH)
+    return _decode(text)
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError("%s is no JSON" % name)
+
+
+_decode = json.JSONDecoder(parse_constant=_no_constant).decode
+
+
+def _redact(text: str, key: str) -> str:
+    for form in (key, json.dumps(key)[1:-1]):
+        text = text.replace(form, "***") if len(key) >= _MIN_SECRET else text
+    return text
+
+
+def _request_id(answer: _Answer, message: str) -> Optional[str]:
+    """The id to quote to the provider. Chained gateways each append theirs: the last is ours."""
+    names = ("x-request-id", "x-cometapi-request-id", "x-oneapi-request-id", "request-id")
+    ids = [answer.headers[name] for name in names if answer.headers.get(name)]
+    return (ids[:1] or re.findall(r"\(request id: ([^)\s]{1,200})\)", message)[-1:] or [None])[0]
+
+
+def _retry_after(headers: http.client.HTTPMessage) -> Optional[float]:
+    """The seconds that a server asks to wait; None where it does not, or asks for nonsense.
+
+    retry-after-ms, else Retry-After as of RFC 9110, 10.2.3: seconds, or one of three forms of date,
+    counted from the answer's own Date since clocks differ. The longest of several.
+    """
+    for name, unit in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
+        waits = [0.0]
+        for value in headers.get_all(name, ()):
+            if re.match(r"\s*[0-9]+(\.[0-9]*)?\s*$", value):  # float() takes inf and 1_0, too
+                waits.append(float(value) * unit)
+            elif _timestamp(value):
+                waits.append(_timestamp(value) - (_timestamp(headers.get("date", "")) or _wall()))
+        if max(waits) > 0.0:
+            return max(waits)
+    return None
+
+
+def _timestamp(date: str) -> float:
+    """The time of an HTTP date, 0.0 for anything else."""
+    try:  # parsedate_to_datetime takes asctime's form, which names no zone, for local time
+        parts = email.utils.parsedate_tz(date)
+        return float(email.utils.mktime_tz(parts)) if parts else 0.0
+    except (ValueError, OverflowError, IndexError, TypeError):
+        return 0.0
+
+
+def _key(given: Optional[str]) -> str:
+    key = os.environ.get("COMETAPI_KEY", "") if given is None else given
+    key = key.strip(" \t\r\n\ufeff") if isinstance(key, str) else ""
+    if not key:
+        raise ConfigurationError("there is no API key: set COMETAPI_KEY, or pass api_key=")
+    if not re.match("[!-~]+$", key):  # http.client would send some of these, or show the key
+        raise ConfigurationError("the API key has a character that no key has (a space, a line "
+                                 "break, a typographic quote): copy it again")
+    return key
+
+
+def _base_url(given: Optional[str]) -> str:
+    if given is None:
+        given = os.environ.get("COMETAPI_BASE_URL", "").strip() or BASE_URL
+    url = re.sub("(/chat/completions)?/*$", "", str(given).strip())
+    try:
+        parts = urllib.parse.urlsplit(url)
+        host, port = parts.hostname or "", parts.port
+        host.encode("idna")  # fails for a part of more than 63 letters
+        problem = next((words for bad, words in (
+            (not re.match("[!-~]*$", url), "a character that no URL has"),
+            (parts.scheme not in ("http", "https"), "https:// is missing"),
+            (not host or port == 0, "no host or no port"),
+            ("@" in parts.netloc, "a user name (the key goes into COMETAPI_KEY)"),
+            (re.search("[?#]", url), "a query or a fragment"),
+            (parts.scheme == "http" and not _is_loopback(host),
+             "http:// would show the key on its way (https:// would not)")) if bad), "")
+    except ValueError as fault:
+        problem = str(fault)
+    if problem:
+        raise ConfigurationError("the base URL %r cannot be used: %s"
+                                 % (re.sub("//[^/]*@", "//***@", url), problem))
+    return url
+
+
+# MIT License
+#
+# Copyright (c) 2026 the cometlimit authors
+#
+# Permission is hereby granted, free of charge, to any person obtaining a copy of this software and
+# associated documentation files (the "Software"), to deal in the Software without restriction,
+# including without limitation the rights to use, copy, modify, merge, publish, distribute,
+# sublicense, and/or sell copies of the Software, and to permit persons to whom the Software is
+# furnished to do so, subject to the following conditions:
+#
+# The above copyright notice and this permission notice shall be included in all copies or
+# substantial portions of the Software.
+#
+# THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING BUT
+# NOT LIMITED TO THE WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND
+# NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS OR COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM,
+# DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM, OUT
+# OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
