@@ -29,6 +29,7 @@ What it promises (all times are in seconds):
 import binascii
 import collections
 import concurrent.futures
+import contextlib
 import email.utils
 import heapq
 import http.client
@@ -37,10 +38,16 @@ import json
 import logging
 import math
 import os
+import queue
 import random
 import re
 import select
+import shlex
+import shutil
+import signal
 import socket
+import stat
+import sys
 import threading
 import time
 import urllib.parse
@@ -55,7 +62,7 @@ except ImportError:  # without OpenSSL, http to this machine still works
 
 __all__ = ["APIConnectionError", "APIResponseError", "APIStatusError", "APITimeoutError", "Client",
            "Completion", "ConfigurationError", "Error", "Metrics", "RateLimitError", "Record",
-           "Throttle", "ask_all", "backoff"]
+           "Throttle", "ask_all", "backoff", "main"]
 __version__ = "1.0.0"
 
 BASE_URL = "https://api.cometapi.com/v1"
@@ -1254,6 +1261,690 @@ def _base_url(given: Optional[str]) -> str:
         raise ConfigurationError("the base URL %r cannot be used: %s"
                                  % (re.sub("//[^/]*@", "//***@", url), problem))
     return url
+
+
+# The command line
+
+_EPILOG = """\
+examples:
+  python3 cometlimit.py --demo
+  python3 cometlimit.py -m MODEL "Say hello." "Write a title."
+  python3 cometlimit.py -m MODEL -i requests.jsonl -o results.jsonl
+
+Prompts come back as a JSON array of answers. Input rows are OpenAI Batch requests, {"prompt": ...},
+JSON strings or plain lines; output rows are OpenAI Batch results. The output file is the checkpoint:
+the same command again sends only what is missing or failed. Exit status: 0 all answered, 1 some
+failed, 2 nothing sent, 3 stopped early (run it again), 128 + N ended by signal N."""
+
+_TICK = 0.25    # seconds between two looks at the clock, and between two drawings of the bar
+_PLAIN = 30.0   # seconds between two lines of progress where there is no terminal
+_GRACE = 5.0    # seconds that a stopped run leaves to what is in flight
+_ALIKE = 5      # so many rows in a row that fail alike and for good are no matter of the rows
+_SIGPIPE = 13   # which Windows does not name
+_PATIENCE = 50  # the same of failures that might have passed
+
+
+def main(argv: Optional[List[str]] = None) -> int:
+    """The command line. Returns the exit status."""
+    try:
+        options = _options(argv)
+        if options.demo:
+            return _demo()
+        with contextlib.ExitStack() as stack:
+            return _Job(options, stack).run()
+    except SystemExit as end:  # argparse's
+        return int(end.code or 0)
+    except (Error, OSError) as error:
+        _say("cometlimit: error: %s" % error)
+        return 2
+
+
+def _say(text: str, end: str = "\n") -> None:
+    if sys.stderr is not None:
+        sys.stderr.write(text.encode("ascii", "backslashreplace").decode() + end)
+        sys.stderr.flush()
+
+
+def _options(argv: Optional[List[str]]) -> Any:
+    import argparse  # here, as the library's start is not to wait for it
+    parser = argparse.ArgumentParser(
+        prog="cometlimit", description=__doc__.splitlines()[0], epilog=_EPILOG, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("prompts", nargs="*", metavar="PROMPT", help="or - for one a line on stdin")
+    add("-m", "--model", metavar="MODEL", help="for rows that name none")
+    add("-i", "--input-file", metavar="FILE", help="rows to ask; - is stdin")
+    add("-o", "--output-file", metavar="FILE", help="rows of results; - is stdout")
+    add("-c", "--max-concurrency", type=int, default=5, metavar="N", help="in flight at once (5)")
+    add("--retries", type=int, default=4, metavar="N", help="attempts after the first (4)")
+    add("--timeout", type=float, default=600.0, metavar="SEC", help="of one attempt (600)")
+    add("--deadline", type=float, metavar="SEC", help="stop the run after that long")
+    add("--max-failures", type=int, metavar="N", help="stop the run after so many failed rows")
+    add("--param", action="append", default=[], metavar="NAME=JSON", help="a field of every body")
+    add("--system", metavar="TEXT", help="a system message before every prompt")
+    add("--shard", default="1/1", metavar="I/N", help="of every N rows only the I-th")
+    add("--joblog", metavar="FILE", help="append a JSON line for every attempt")
+    add("--dry-run", action="store_true", help="check the input, send nothing")
+    add("--base-url", metavar="URL", help="else COMETAPI_BASE_URL, else CometAPI's")
+    add("--api-key-env", default="COMETAPI_KEY", metavar="NAME", help="the variable with the key")
+    add("-q", "--quiet", action="store_true", help="no progress, no summary")
+    add("--demo", action="store_true", help="see it find the limit of a server of its own")
+    add("--version", action="version", version="%(prog)s " + __version__)
+    options = parser.parse_args(argv)
+    options.command = sys.argv[1:] if argv is None else argv
+    options.key, options.array = None, not (options.input_file or options.output_file)
+    if options.prompts and options.input_file:
+        parser.error("give either prompts or -i")
+    if options.prompts == ["-"] or not (options.prompts or options.input_file or options.demo):
+        options.prompts, options.input_file = [], "-"
+    if options.input_file == "-" and (sys.stdin is None or sys.stdin.isatty() and options.array):
+        parser.error("nothing to ask: give prompts, -i FILE or lines on stdin")
+    shard = re.match(r"(\d+)/(\d+)$", options.shard)
+    if not shard or not 1 <= int(shard.group(1)) <= int(shard.group(2)):
+        parser.error("--shard is 1/N to N/N, not %s" % options.shard)
+    options.shard = int(shard.group(1)) - 1, int(shard.group(2))
+    pairs = [field.partition("=") for field in options.param]
+    if not all(name and equals for name, equals, _ in pairs):
+        parser.error("--param is NAME=JSON")
+    options.param = {name: _loosely(value) for name, _, value in pairs}
+    return options
+
+
+def _loosely(text: str) -> Any:
+    """The value of a JSON text; any other text as it stands."""
+    try:
+        return _parse(text)
+    except ValueError:
+        return text
+
+
+# Rows
+
+
+class _Row(NamedTuple):
+    """A question of the input."""
+
+    id: str      # its custom_id, else its line
+    mark: str    # of what it says: the id of its result, which shows whether the input is the same
+    line: int
+    body: Dict[str, Any]
+    problem: Optional[ConfigurationError]  # why it cannot be asked
+
+
+def _rows(lines: Iterable[bytes], options: Any) -> Iterator[_Row]:
+    """The rows of the shard. Only \\n ends a line: other ends may stand inside of strings."""
+    count, (at, shards) = 0, options.shard
+    for number, line in enumerate(lines, 1):
+        line = line.strip(b" \t\r\n\f\v\0" + (b"\xef\xbb\xbf" if number == 1 else b""))
+        if line:
+            if count % shards == at:
+                yield _row(line, number, options)
+            count += 1
+
+
+def _row(line: bytes, number: int, options: Any) -> _Row:
+    name, body, problem = "line-%d" % number, {}, None
+    try:
+        text = line.decode("utf-8")
+        strict = text[0] == "{" and not options.array
+        value = _parse(text) if strict else _loosely(text) if text[0] in '{["' else text
+        if not isinstance(value, dict):
+            value = {"prompt": value}
+        if isinstance(value.get("custom_id"), (str, int)):
+            name = str(value["custom_id"])
+        body = _body(value, options)
+    except ConfigurationError as fault:
+        problem = fault
+    except ValueError as fault:
+        problem = ConfigurationError("line %d is no JSON: %s" % (number, fault),
+                                     code="invalid_json_line")
+    crcs = binascii.crc32(name.encode("utf-8", "backslashreplace")), binascii.crc32(line)
+    return _Row(name, "batch_req_%08x%08x" % crcs, number, body, problem)
+
+
+def _body(value: Dict[str, Any], options: Any) -> Dict[str, Any]:
+    """The fields of a request, with the messages under "prompt", from any form of row."""
+    if value.get("method", "POST") != "POST" or not str(
+            value.get("url", "/chat/completions")).endswith("/chat/completions"):
+        raise ConfigurationError("only POST to /v1/chat/completions can be asked")
+    given = value.get("body", value)
+    if not isinstance(given, dict):
+        raise ConfigurationError("the body of a row is an object")
+    body = dict(dict({"model": options.model}, **options.param), **given)
+    for name in ("custom_id", "method", "url"):
+        body.pop(name, None)
+    messages = body.pop("messages", None)
+    prompt = body.setdefault("prompt", messages)
+    if options.system and isinstance(prompt, str):
+        body["prompt"] = [{"role": "system", "content": options.system},
+                          {"role": "user", "content": prompt}]
+    return body
+
+
+def _result(row: _Row, outcome: Union[Completion, Error]) -> Dict[str, Any]:
+    """The OpenAI Batch output line. A failure stands in both the places where readers look for it:
+    https://github.com/openai/openai-openapi/issues/302"""
+    response: Any = None
+    error: Any = None
+    if isinstance(outcome, Completion):
+        response = {"status_code": 200, "request_id": outcome.request_id, "body": outcome.body}
+    else:
+        error = {"code": _code(outcome), "message": str(outcome)}
+        if isinstance(outcome, ConfigurationError):
+            error["line"] = row.line
+        elif outcome.status_code is not None:
+            body = outcome.body if isinstance(outcome.body, dict) else {
+                "error": {"message": str(outcome.body), "type": None, "param": None, "code": None}}
+            response = {"status_code": outcome.status_code, "request_id": outcome.request_id,
+                        "body": body}
+    return {"id": row.mark, "custom_id": row.id, "response": response, "error": error}
+
+
+def _code(error: Error) -> str:
+    return error.code or "http_%s" % error.status_code
+
+
+def _answered(result: Any) -> bool:
+    """Whether an output line, whoever wrote it, holds an answer."""
+    response = result.get("response")
+    if result.get("error") is not None or not isinstance(response, dict):
+        return False
+    if "status_code" not in response:  # the completion itself, as old versions of vLLM have it
+        return bool(response.get("choices"))
+    body = response.get("body")
+    return (response["status_code"] in range(200, 300) and isinstance(body, dict)
+            and bool(body) and not body.get("error"))
+
+
+class _Stream:
+    """Results to a pipe, in the order of the rows: what comes early is held back."""
+
+    def __init__(self, out: Any, array: bool) -> None:
+        self.out, self.array = out, array
+        self.ids: Dict[str, int] = {}  # in the input's order: where the answer begins, or -1
+        self.early: Dict[int, str] = {}
+        self.written = 0
+
+    def meet(self, row: _Row) -> bool:
+        """Take note of a row of the input; whether it is answered already."""
+        if not self.array:  # whose rows have no names
+            if row.id in self.ids:
+                raise ConfigurationError("line %d: the custom_id %r stands twice in the input"
+                                         % (row.line, row.id))
+            self.ids[row.id] = self.start(row)
+        return self.answered(row)
+
+    def answered(self, row: _Row) -> bool:
+        return self.ids.get(row.id, -1) >= 0
+
+    def start(self, row: _Row) -> int:
+        return -1
+
+    def check(self) -> None:
+        """After the last row of an input that is known whole."""
+
+    def put(self, index: int, row: _Row, outcome: Union[Completion, Error]) -> int:
+        """Take a result; returns how many have gone out by it."""
+        if self.array:
+            self.early[index] = (",\n " if index else "[") + json.dumps(
+                getattr(outcome, "text", None), ensure_ascii=False)
+        else:
+            self.early[index] = json.dumps(_result(row, outcome)) + "\n"
+        before = self.written
+        while self.written in self.early:
+            self._write(self.early.pop(self.written))
+            self.written += 1
+        return self.written - before
+
+    def close(self) -> None:
+        for index in sorted(self.early):  # after a stop, with gaps
+            self._write(self.early[index])
+        if self.array:
+            self._write("]\n" if self.written or self.early else "[]\n")
+
+    def _write(self, text: str) -> None:
+        if hasattr(self.out, "buffer"):  # bytes: no locale's encoding, and text files lose rows
+            self.out.buffer.write(text.encode("utf-8", "backslashreplace"))
+        else:
+            self.out.write(text)
+        self.out.flush()
+
+
+class _Checkpoint(_Stream):
+    """Results to a file, which is all that a resumed run needs.
+
+    A result is appended, in one piece, as soon as it is there, whatever is still open before it: a
+    kill costs none that was received. close() puts the rows into the input's order and leaves only
+    the last of each, in a copy that takes the file's place.
+    """
+
+    def __init__(self, path: str) -> None:
+        super().__init__(None, False)
+        self.path = os.path.realpath(path)
+        self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        self.found: Dict[str, Tuple[int, str]] = {}  # answers whose row was not met yet; their id
+        self.failed: Dict[str, int] = {}             # where the last failure of a row begins
+        self.lines = self.end = 0
+        self.gap = b""                               # what is missing at the end
+
+    def load(self) -> None:
+        """Make sure that no other run writes here, and learn what those before have written."""
+        try:
+            import fcntl
+            fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # A run that has just ended may have put another file in the place of this one.
+            held = not os.path.samestat(os.fstat(self.fd), os.stat(self.path))
+        except ImportError:  # on Windows
+            held = False
+        except BlockingIOError:
+            held = True
+        if held:
+            raise ConfigurationError("another run writes to %s" % self.path)
+        bad = 0
+        with open(self.path, "rb") as lines:
+            for line in lines:
+                try:
+                    result = _parse(line.decode("utf-8"))
+                    self._learn(str(result["custom_id"]), result)
+                except (ValueError, LookupError, TypeError, AttributeError):
+                    if not line.endswith(b"\n"):
+                        break  # torn by a kill: the next row takes its place
+                    bad += 1
+                self.lines += 1
+                self.end += len(line)
+                self.gap = b"" if line.endswith(b"\n") else b"\n"
+        if bad and not self.found:
+            raise ConfigurationError("%s holds no results: it is left as it is" % self.path)
+        if bad:
+            _say("cometlimit: %d lines of %s are no results" % (bad, self.path))
+
+    def _learn(self, name: str, result: Dict[str, Any]) -> None:
+        if _answered(result):
+            self.failed.pop(name, None)
+            self.found[name] = self.end, str(result.get("id"))
+        elif self.found.setdefault(name, (-1, ""))[0] < 0:
+            self.failed[name] = self.end
+
+    def start(self, row: _Row) -> int:
+        start, mark = self.found.pop(row.id, (-1, ""))
+        if re.match("batch_req_[0-9a-f]{16}$", mark) and mark != row.mark:
+            raise ConfigurationError("%s is of another input: there, %r asked something else"
+                                     % (self.path, row.id))
+        return start
+
+    def check(self) -> None:
+        if self.found:
+            raise ConfigurationError("%s is of another input: no row asks for %r, nor for %d more"
+                                     % (self.path, min(self.found), len(self.found) - 1))
+
+    def put(self, index: int, row: _Row, outcome: Union[Completion, Error]) -> int:
+        line = self.gap + json.dumps(_result(row, outcome)).encode() + b"\n"
+        try:
+            os.ftruncate(self.fd, self.end)
+            left = memoryview(line)
+            while left:
+                left = left[os.write(self.fd, left):]
+        except OSError:  # a full disk takes half a row
+            os.ftruncate(self.fd, self.end)
+            raise
+        start = self.end + len(self.gap)
+        if isinstance(outcome, Completion):
+            self.ids[row.id] = start
+            self.failed.pop(row.id, None)
+        else:
+            self.failed[row.id] = start
+        self.lines, self.end, self.gap = self.lines + 1, self.end + len(line), b""
+        return 1
+
+    def close(self) -> None:
+        self.ids.update((name, start) for name, (start, _) in self.found.items())
+        order = [start if start >= 0 else self.failed[name] for name, start in self.ids.items()
+                 if start >= 0 or name in self.failed]
+        os.ftruncate(self.fd, self.end)
+        if len(order) == self.lines and order == sorted(order):
+            return
+        draft = self.path + ".sorted"
+        try:
+            with open(self.path, "rb") as rows, open(draft, "wb") as copy:
+                for start in order:
+                    rows.seek(start)
+                    copy.write(rows.readline().rstrip(b"\n") + b"\n")
+                copy.flush()
+                os.fsync(copy.fileno())
+            os.chmod(draft, os.stat(self.path).st_mode & 0o777)
+            os.replace(draft, self.path)
+        except OSError as fault:
+            _say("cometlimit: %s is whole, but not in the input's order: %s" % (self.path, fault))
+            if os.path.exists(draft):
+                os.unlink(draft)
+
+
+# A run
+
+
+class _Job:
+    """One run: rows in, results out, and what is to be seen of it meanwhile.
+
+    A thread of its own reads the input, so that neither results nor signals wait for it. This one,
+    the main thread, does all the rest, and it alone writes.
+    """
+
+    def __init__(self, options: Any, stack: contextlib.ExitStack) -> None:
+        self.options, self.stack = options, stack
+        self.events: Any = queue.Queue()  # what happened: the method for it, and its argument
+        self.calls: Dict[_Call, Tuple[int, _Row]] = {}  # under way
+        self.room = threading.Semaphore(_AHEAD * max(1, options.max_concurrency))  # rows in hand
+        self.rows = self.kept = self.answers = self.failures = self.signal = 0
+        self.total: Optional[int] = None
+        self.errors: Dict[str, List[Any]] = {}   # by code: how many, and the first
+        self.alike: Tuple[Any, int] = (None, 0)  # the last failure, and how many such in a row
+        self.reading = self.writing = True
+        self.reason, self.until = "", math.inf   # why the run ends early, and at the latest when
+        self.began = self.shown = time.monotonic()
+        self.bar = sys.stderr is not None and sys.stderr.isatty()
+
+    def run(self) -> int:
+        """Returns the exit status. Raises ConfigurationError or OSError before anything is sent."""
+        options = self.options
+        if not options.dry_run:
+            self.client = self._client()
+        self.source = self._input()
+        self.sink = self._output()
+        self.known = isinstance(self.source, list) or stat.S_ISREG(
+            os.fstat(self.source.fileno()).st_mode)
+        if options.dry_run or self.known:
+            bad = self._survey()
+            if options.dry_run:
+                return int(bad > 0)
+        self.log = self.stack.enter_context(
+            open(options.joblog or os.devnull, "ab", buffering=0))
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.stack.callback(signal.signal, number, signal.signal(number, self._on_signal))
+        threading.Thread(target=self._read, daemon=True).start()
+        while self.calls or self.reading and not self.reason:
+            try:
+                handle, what = self.events.get(timeout=_TICK)
+                handle(what)
+            except queue.Empty:
+                pass
+            self._look()
+        return self._end()
+
+    def _client(self) -> Client:
+        options = self.options
+        key = options.key or os.environ.get(options.api_key_env)
+        if not key:
+            raise ConfigurationError("there is no API key: set %s" % options.api_key_env)
+        client = Client(api_key=key, base_url=options.base_url, max_retries=options.retries,
+                        max_concurrency=options.max_concurrency, timeout=options.timeout,
+                        on_record=lambda record: self.events.put((self._log, record)))
+        self.stack.callback(client.close)
+        return client
+
+    def _input(self) -> Any:
+        path = self.options.input_file
+        if path is None:  # JSON strings, as a prompt may have lines
+            return [json.dumps(prompt).encode() for prompt in self.options.prompts]
+        return sys.stdin.buffer if path == "-" else self.stack.enter_context(open(path, "rb"))
+
+    def _output(self) -> _Stream:
+        path, array = self.options.output_file or "-", self.options.array
+        if path == "-":
+            if sys.stdout is None:
+                raise ConfigurationError("stdout is closed: the answers would go nowhere")
+            return _Stream(sys.stdout, array)
+        if os.path.exists(path):
+            if not isinstance(self.source, list) and os.path.samestat(
+                    os.stat(path), os.fstat(self.source.fileno())):
+                raise ConfigurationError("%s is both the input and the output" % path)
+            if not os.path.isfile(path):  # a pipe or a device
+                return _Stream(self.stack.enter_context(open(path, "w")), array)
+        elif self.options.dry_run:
+            return _Stream(None, array)
+        sink = _Checkpoint(path)
+        self.stack.callback(os.close, sink.fd)
+        sink.load()
+        return sink
+
+    def _survey(self) -> int:
+        """Go through the whole input before anything is sent. Returns how many rows are bad."""
+        models: Dict[Any, int] = collections.Counter()
+        self.total = bad = 0
+        for row in _rows(self.source, self.options):
+            self.sink.meet(row)
+            self.total += 1
+            models[row.body.get("model")] += 1
+            bad += row.problem is not None
+            if row.problem and self.options.dry_run:
+                _say("%s: %s" % (row.id, row.problem))
+        self.sink.check()
+        if not isinstance(self.source, list):
+            self.source.seek(0)
+        if self.options.dry_run:
+            _say("%d rows, %d bad; by model: %s" % (self.total, bad, ", ".join(
+                "%s x %d" % pair for pair in models.items())))
+        return bad
+
+    def _read(self) -> None:
+        fault = None
+        try:
+            for row in _rows(self.source, self.options):
+                self.room.acquire()
+                self.events.put((self._ask, row))
+        except (OSError, ValueError) as error:
+            fault = error
+        self.events.put((self._read_all, fault))
+
+    def _read_all(self, fault: Optional[Exception]) -> None:
+        self.reading = False
+        if fault is not None:
+            self._stop("the input cannot be read: %s" % fault)
+
+    def _ask(self, row: _Row) -> None:
+        if self.reason:
+            return
+        index, self.rows = self.rows, self.rows + 1
+        try:
+            if self.sink.answered(row) if self.known else self.sink.meet(row):
+                self.kept += 1
+                self.room.release()
+                return
+            if row.problem is not None:
+                raise row.problem
+            body = dict(row.body)
+            call = self.client._call(body.pop("prompt"), body)
+        except ConfigurationError as problem:
+            self._write(index, row, problem)
+        else:
+            self.calls[call] = index, row
+            call.add_done_callback(lambda call: self.events.put((self._receive, call)))
+            self.client._pool.submit(call)
+
+    def _receive(self, call: _Call) -> None:
+        index, row = self.calls.pop(call)
+        outcome = call.exception() or call.result()
+        if outcome.__class__ is not Error:  # a bare one was given up: it is left to the next run
+            self._write(index, row, outcome)  # type: ignore[arg-type]
+
+    def _write(self, index: int, row: _Row, outcome: Union[Completion, Error]) -> None:
+        if isinstance(outcome, Completion):
+            self.answers, self.alike = self.answers + 1, (None, 0)
+        else:
+            self._fail(row, outcome)
+        try:
+            for _ in range(self.sink.put(index, row, outcome) if self.writing else 0):
+                self.room.release()
+        except OSError as fault:
+            self.writing = False
+            self._stop("the results cannot be written: %s" % fault)
+            if isinstance(fault, BrokenPipeError):
+                self.signal = _SIGPIPE  # as `head` leaves: quietly
+
+    def _fail(self, row: _Row, error: Error) -> None:
+        """Count a failure. Many alike in a row, no answer between, are no matter of the rows."""
+        self.failures += 1
+        self.errors.setdefault(_code(error), [0, "%s: %s" % (row.id, error)])[0] += 1
+        if self.options.array:
+            _say("cometlimit: %s: %s" % (row.id, error))
+        alike = _code(error), error.status_code
+        common = error.retryable or isinstance(error, APIConnectionError) or (
+            error.status_code in (401, 402, 403, 404, 429, 503))
+        self.alike = alike, (self.alike[1] if alike == self.alike[0] else 0) + common
+        if self.alike[1] >= (_PATIENCE if error.retryable else _ALIKE):
+            self._stop("%d rows in a row failed alike" % self.alike[1])
+        elif self.failures == self.options.max_failures:
+            self._stop("%d rows failed" % self.failures)
+
+    def _log(self, record: Record) -> None:
+        self.log.write(json.dumps(record._asdict()).encode() + b"\n")
+
+    def _on_signal(self, number: int, _: Any) -> None:
+        if self.signal:
+            os._exit(128 + number)  # the second one: what was received is written already
+        self.signal = number
+
+    def _stop(self, reason: str) -> None:
+        """Send nothing more. What is in flight has some seconds left."""
+        if not self.reason:
+            self.reason, self.until = reason, time.monotonic() + _GRACE
+            self.client._pool.drop([call for call in self.calls if call.ticket is None])
+
+    def _look(self) -> None:
+        """Do what is due by the clock."""
+        now = time.monotonic()
+        if self.signal:
+            self._stop("signal %d" % self.signal)
+        if now - self.began > (self.options.deadline or math.inf):
+            self._stop("its deadline has passed")
+        if now > self.until:
+            self.client.close()
+        if not self.options.quiet and now - self.shown >= (_TICK if self.bar else _PLAIN):
+            self.shown = now
+            _say(self._progress(now), "\x1b[K\r" if self.bar else "\n")
+
+    def _progress(self, now: float) -> str:
+        done = self.kept + self.answers + self.failures
+        rate = (self.answers + self.failures) / max(0.001, now - self.began)
+        text = "%d done" % done
+        if self.total is not None:
+            share = done / max(1, self.total)
+            left = (self.total - done) / max(rate, 1e-3)
+            text = "%d/%d done, %d:%02d left" % (done, self.total, left // 60, left % 60)
+            if self.bar:
+                text = "[%-20s] " % ("#" * int(20 * share)) + text
+        text += ", %.1f/s" % rate
+        if self.failures:
+            text += ", %d failed" % self.failures
+        for (_, model), stats in sorted(self.client.metrics.items()):
+            limits = [words % value for words, value in (
+                ("rate limit %.3g/s", stats.pace), ("window %d", stats.window),
+                ("429 x %d", stats.statuses[429])) if value]
+            if limits:
+                text += "; %s: %s" % (model, ", ".join(limits))
+        return text if not self.bar else text[:shutil.get_terminal_size().columns - 1]
+
+    def _end(self) -> int:
+        """Close the output, say what became of the run, and return its exit status."""
+        try:
+            if self.writing:
+                self.sink.close()
+        except OSError as fault:
+            self.reason = self.reason or "the results cannot be written: %s" % fault
+        while not self.events.empty():  # the last records
+            handle, what = self.events.get()
+            if handle == self._log:
+                handle(what)
+        left = bool(self.reason) and (self.total is None or self.total > (
+            self.kept + self.answers + self.failures) or not self.writing)
+        if self.signal == _SIGPIPE:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter complains at its end
+        elif not self.options.quiet:
+            self._summary(left)
+        if self.signal:
+            return 128 + self.signal
+        return 3 if left else 1 if self.failures else 0
+
+    def _summary(self, left: bool) -> None:
+        row = "%-28s %8s %8s %8s %11s %11s %7s %7s  %s"
+        lines = [row % ("model", "requests", "answers", "retries", "tokens in", "tokens out", "p50 s",
+                        "p95 s", "statuses")]
+        for (_, model), stats in sorted(self.client.metrics.items()):
+            lines.append(row % (
+                model, stats.requests, stats.answers, stats.retries, stats.prompt_tokens,
+                stats.completion_tokens, "%.2f" % stats.latency(0.5), "%.2f" % stats.latency(0.95),
+                ", ".join("%s x %d" % (status or "none", stats.statuses[status])
+                          for status in sorted(stats.statuses, key=lambda status: status or 0))))
+        lines += ["%d x %s, first %s" % (count, code, sample)
+                  for code, (count, sample) in sorted(self.errors.items())]
+        lines.append("%d answered, %d failed%s, %.1f s" % (
+            self.answers, self.failures, ", %d kept" % self.kept if self.kept else "",
+            time.monotonic() - self.began))
+        if left:
+            lines.append("stopped: %s" % self.reason)
+        if (left or self.failures) and isinstance(self.sink, _Checkpoint):
+            lines.append("to go on: python3 %s" % " ".join(
+                map(shlex.quote, sys.argv[:1] + self.options.command)))
+        _say(("\x1b[K" if self.bar else "") + "\n".join(lines))
+
+
+def _demo() -> int:
+    """A run against a rate-limited server in this process."""
+    import http.server
+    import socketserver
+    rate, burst, lock = 8.0, 8.0, threading.Lock()
+    state = {"level": burst, "at": time.monotonic(), "refused": 0}
+
+    class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
+        daemon_threads, request_queue_size = True, 64
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_POST(self) -> None:
+            asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])).decode())
+            with lock:
+                now = time.monotonic()
+                level = min(burst, state["level"] + (now - state["at"]) * rate)
+                state.update(level=level - (level >= 1), at=now,
+                             refused=state["refused"] + (level < 1))
+            if level < 1:
+                return self.reply(429, {"error": {"message": "slow down", "code": "rate_limit"}})
+            time.sleep(0.3)
+            self.reply(200, {"model": asked["model"], "usage": {
+                "prompt_tokens": 6, "completion_tokens": 3}, "choices": [{
+                    "finish_reason": "stop", "message": {
+                        "content": asked["messages"][0]["content"].upper()}}]})
+
+        def reply(self, status: int, value: Any) -> None:
+            body = json.dumps(value).encode()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = Server(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    print("40 prompts from 20 threads to a server that allows 8 requests a second:", flush=True)
+    options = _options(["-m", "demo-model", "-c", "20", "--base-url",
+                        "http://127.0.0.1:%d/v1" % server.server_port]
+                       + ["Say hello %d." % number for number in range(1, 41)])
+    options.key = "demo-key"
+    with contextlib.ExitStack() as stack, contextlib.redirect_stdout(io.StringIO()):
+        job = _Job(options, stack)
+        status = job.run()
+    server.shutdown()
+    server.server_close()
+    print("answered: %d, refused on the way: %d, lost: %d" % (
+        job.answers, state["refused"], 40 - job.answers))
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
 
 
 # MIT License
