@@ -71,8 +71,7 @@ RETRYABLE = frozenset({408, 429, 500, 502, 503, 504, 520, 521, 522, 523, 524, 52
 # What no repetition cures, whatever the status: CometAPI answers an unknown model with 503 and a
 # malformed request with 500. Compared with both the code and the type of an error.
 PERMANENT = frozenset("""
-    access_denied access_terminated billing_hard_limit_reached billing_not_active content_filter
-    content_policy_violation context_length_exceeded convert_request_failed count_token_failed
+    access_denied access_terminated content_filter content_policy_violation context_length_exceeded convert_request_failed count_token_failed
     credit_balance_exhausted gen_relay_info_failed insufficient_quota insufficient_user_quota
     invalid_api_key invalid_request invalid_request_error missing_required_parameter
     model_not_found model_price_error permission_denied pre_consume_token_quota_failed
@@ -88,8 +87,6 @@ _MAX_DEPTH = 200        # json recurses in C: a hostile answer could overrun a t
 _MIN_SECRET = 6         # a shorter key is a placeholder such as "none", which words may contain
 
 Prompt = Union[str, List[Dict[str, Any]]]  # one message of a user, or a conversation
-
-_log = logging.getLogger("cometlimit")
 
 # Time and chance, which the tests replace.
 _now, _wall, _random = time.monotonic, time.time, random.random
@@ -286,7 +283,7 @@ class Client:
         self.model, self.max_concurrency, self.max_retries = model, max_concurrency, max_retries
         self.max_delay, self.timeout, self.deadline = max_delay, timeout, deadline
         self.on_record = on_record
-        self._endpoint = _Endpoint(_key(api_key), _base_url(base_url), ca_file)
+        self._endpoint = _Endpoint(_key(api_key), base_url, ca_file)
         self._pools: Dict[int, _Pool] = {}
 
     def ask(self, prompt: Prompt, **params: Any) -> str:
@@ -374,7 +371,8 @@ class Client:
     def _call(self, prompt: Prompt, params: Dict[str, Any]) -> "_Call":
         if isinstance(prompt, str):
             prompt = [{"role": "user", "content": prompt}]
-        if not isinstance(prompt, (list, tuple)) or not prompt or {*map(type, prompt)} != {dict}:
+        if not (prompt and isinstance(prompt, (list, tuple))
+                and all(isinstance(message, dict) for message in prompt)):
             raise ConfigurationError("a prompt is a string or a list of messages (dicts), not %s"
                                      % type(prompt).__name__)
         body = dict({"model": self.model, "messages": prompt}, **params)
@@ -401,6 +399,7 @@ class Client:
                 return
             except Exception as fault:
                 error, call = fault, _Call()
+                call.over = True
                 call.set_exception(fault)
                 yield call
 
@@ -427,10 +426,20 @@ class _Call(concurrent.futures.Future):
     def hand_over(self, outcome: Union[Completion, Error]) -> None:
         """Runs callbacks, so never with a lock held."""
         if self.running() or self.set_running_or_notify_cancel():
-            if isinstance(outcome, Error):
-                self.set_exception(outcome)
-            else:
-                self.set_result(outcome)
+            try:
+                if isinstance(outcome, Error):
+                    self.set_exception(outcome)
+                else:
+                    self.set_result(outcome)
+            except BaseException:  # a callback that exits must not take the thread along
+                _tell(logging.ERROR, "a callback failed", exc_info=True)
+
+
+def _tell(level: int, *words: Any, **options: Any) -> None:
+    try:
+        logging.getLogger("cometlimit").log(level, *words, **options)
+    except Exception:  # a handler that fails must not cost an answer
+        pass
 
 
 class _Pool:
@@ -484,8 +493,8 @@ class _Pool:
                         wire.hang_up()
                 self.ended.notify_all()
         for call in dropped:
-            call.hand_over(Error("given up: " + why, attempts=len(call.records),
-                                 records=call.records))
+            call.hand_over(Error("given up: " + why, records=call.records,
+                                 attempts=len(call.records) + (call.ticket is not None)))
 
     def join(self) -> None:
         """Wait until every call is over and its callbacks have run."""
@@ -574,6 +583,7 @@ class _Pool:
                 else:  # cancelled
                     call.over = True
                     self.calls.discard(call)
+                    self.ended.notify_all()
             self.wires.remove(wire)
             return None
 
@@ -582,7 +592,7 @@ class _Pool:
 
         First come, first served, whatever the model. One whose deadline has passed comes out over.
         """
-        while self.timers and self.timers[0][0] <= now:
+        while self.timers and (self.timers[0][0] <= now or self.timers[0][2].over):
             call = heapq.heappop(self.timers)[2]
             if not call.over and call.ticket is None:
                 if call.expires <= now:
@@ -639,12 +649,12 @@ class _Pool:
         call.records += (record,)
         if isinstance(outcome, Error):
             outcome.attempts, outcome.records = number, call.records
-        _log.debug("%r", record)
+        _tell(logging.DEBUG, "%r", record)
         try:
             if self.client.on_record is not None:
                 self.client.on_record(record)
         except BaseException:  # a mistake in it, even sys.exit(), must not cost an answer
-            _log.exception("on_record failed")
+            _tell(logging.ERROR, "on_record failed", exc_info=True)
         return outcome, record
 
     def _settle(self, call: _Call, outcome: Union[Completion, Error], record: Record) -> bool:
@@ -671,12 +681,12 @@ class _Pool:
             else:
                 call.over = True
         if met:
-            _log.info("model %s: limit met: pace %s/s, window %s, nothing leaves for %.1f s",
-                      call.model, throttle.pace and round(throttle.pace, 3), throttle.window,
-                      max(0.0, throttle.until - now))
+            _tell(logging.INFO, "model %s: limit met: pace %s/s, window %s, nothing leaves for %.1f s",
+                  call.model, throttle.pace and round(throttle.pace, 3), throttle.window,
+                  max(0.0, throttle.until - now))
         if again:
-            _log.info("model %s: attempt %d of %d: %s; next in %.1f s", call.model, record.attempt,
-                      self.client.max_retries + 1, error, pause)
+            _tell(logging.INFO, "model %s: attempt %d of %d: %s; next in %.1f s", call.model,
+                  record.attempt, self.client.max_retries + 1, error, pause)
         return handed
 
 
@@ -849,31 +859,31 @@ class _Answer(NamedTuple):
     body: bytes
 
 
-class _Endpoint:
-    """Where requests go: the checked URL, the headers, the proxy, and the one TLS context."""
+class _Refused(OSError):
+    """A proxy does not let us through: its status and reason."""
 
-    def __init__(self, key: str, base_url: str, ca_file: Optional[str]) -> None:
+
+class _Endpoint:
+    """Where requests go: the checked URL, what they begin with, the proxy and the TLS context."""
+
+    def __init__(self, key: str, given: Optional[str], ca_file: Optional[str]) -> None:
+        base_url = _base_url(given, key)
         parts = urllib.parse.urlsplit(base_url)
-        self.key, self.url = key, base_url + "/chat/completions"
-        self.route = self.target = parts.path + "/chat/completions"
         secure = parts.scheme == "https"
+        self.key, self.url = key, base_url + "/chat/completions"
+        self.route = parts.path + "/chat/completions"
         self.address = (parts.hostname or "", parts.port or (443 if secure else 80))
         self.context = _tls_context(ca_file) if secure else None
-        self.headers = {"Authorization": "Bearer " + key, "Content-Type": "application/json",
-                        "Accept": "application/json", "User-Agent": "cometlimit/" + __version__}
-        self.proxy, self.login = _proxy(parts.scheme, parts.netloc)
-        if self.proxy and not self.context:  # is asked by the whole URL; for https, by CONNECT
-            self.target = self.url
-            self.headers.update(self.login)
-
-    def connection(self) -> http.client.HTTPConnection:
-        host, port = self.proxy or self.address
-        if not self.context:
-            return http.client.HTTPConnection(host, port)
-        connection = http.client.HTTPSConnection(host, port, context=self.context)
-        if self.proxy:
-            connection.set_tunnel(*self.address, headers=self.login)
-        return connection
+        self.proxy, login = _proxy(parts.scheme, parts.netloc)
+        # A proxy is asked for http by the whole URL, for https by a CONNECT before.
+        self.head = "".join((
+            "POST %s HTTP/1.1\r\n" % (self.url if self.proxy and not secure else self.route),
+            "Host: %s\r\n" % parts.netloc, "" if secure else login,
+            "Authorization: Bearer %s\r\n" % key, "User-Agent: cometlimit/%s\r\n" % __version__,
+            "Accept: application/json\r\nAccept-Encoding: identity\r\n",
+            "Content-Type: application/json\r\nContent-Length: ")).encode()
+        host = ("[%s]:%d" if ":" in self.address[0] else "%s:%d") % self.address
+        self.connect = ("CONNECT %s HTTP/1.1\r\nHost: %s\r\n%s\r\n" % (host, host, login)).encode()
 
 
 class _Wire:
@@ -883,12 +893,11 @@ class _Wire:
         self.endpoint = endpoint
         self.thread: Any = None
         self.call: Optional[_Call] = None  # in flight on it
-        self.connection: Optional[http.client.HTTPConnection] = None
-        self.sock: Any = None  # which the connection forgets before the body is read
-        self.expires = math.inf  # when the present attempt is to end
-        self.connected = False   # TCP and TLS stand
-        self.heard = False       # a byte of the present answer has come
-        self.cut = False         # hung up on
+        self.sock: Any = None
+        self.expires = math.inf            # when the present attempt is to end
+        self.connected = False             # TCP and TLS stand
+        self.heard = False                 # a byte of the present answer has come
+        self.cut = False                   # hung up on
 
     def begin(self, call: _Call) -> _Call:
         self.call, self.cut = call, False
@@ -902,22 +911,15 @@ class _Wire:
         server read it and died cannot be excluded; browsers take the same risk.
         """
         self.expires = expires
-        if self.connection is not None and _readable(self.sock):
+        if self.sock is not None and _readable(self.sock):
             self.close()  # closed by the server, or out of step: nothing is due on an idle line
-        kept = self.connection is not None
+        kept = self.sock is not None
         try:
             return self._exchange(payload)
         except _HANG_UPS:
             if not kept or self.heard or self.cut:
                 raise
             return self._exchange(payload)
-
-    def left(self) -> float:
-        """Seconds left for the attempt. Raises socket.timeout when there are none."""
-        left = self.expires - _now()
-        if left <= 0:
-            raise socket.timeout("timed out")
-        return left
 
     def hang_up(self) -> None:
         """End the attempt, from another thread."""
@@ -928,65 +930,81 @@ class _Wire:
             pass  # there is no connection yet, or no more
 
     def close(self) -> None:
-        if self.connection is not None:
-            self.connection.close()
-        self.connection = self.sock = None
+        if self.sock is not None:
+            self.sock.close()
+        self.sock = None
+
+    def left(self) -> float:
+        """Seconds left for the attempt. Raises socket.timeout when there are none."""
+        left = self.expires - _now()
+        if left <= 0:
+            raise socket.timeout("timed out")
+        return left
+
+    def arm(self) -> None:
+        """Let the socket's next operation end with the attempt."""
+        left = self.left()
+        if abs((self.sock.gettimeout() or 0.0) - left) > 0.01:  # setting it costs a system call
+            self.sock.settimeout(left)
 
     def _exchange(self, payload: bytes) -> _Answer:
-        keep = False
+        keep = early = False
         try:
-            connection = self.connection or self._connect()
+            if self.sock is None:
+                self._connect()
             self.heard = False
-            self.sock.settimeout(self.left())
-            early = False
+            self.arm()
             try:
-                connection.request("POST", self.endpoint.target, payload, self.endpoint.headers)
+                self.sock.sendall(b"%s%d\r\n\r\n%s" % (self.endpoint.head, len(payload), payload))
             except _HANG_UPS:
                 early = True  # a refusal, 413 say, may lie there; if not, reading fails as well
-            response = connection.getresponse()
+            response = self._response("POST")
             body = self._read(response)
-            # After a 1xx other than 100, http.client has not read the real answer yet.
-            keep = response.isclosed() and not early and response.status >= 200
+            # After a 1xx other than 100 the real answer is still to come.
+            keep = response.isclosed() and not (
+                early or response.will_close or response.status < 200)
             return _Answer(response.status, response.headers, body)
         finally:
             if not keep:
                 self.close()
 
-    def _connect(self) -> http.client.HTTPConnection:
-        self.connected = False
-        self.connection = connection = self.endpoint.connection()
-        setattr(connection, "_create_connection", self._dial)
-        setattr(connection, "response_class", self._response)
-        connection.connect()
-        self.sock, self.connected = connection.sock, True
+    def _connect(self) -> None:
+        endpoint, self.connected = self.endpoint, False
+        self._dial(*(endpoint.proxy or endpoint.address))
+        if endpoint.proxy and endpoint.context:
+            self.sock.sendall(endpoint.connect)
+            response = self._response("CONNECT")
+            if response.status != 200:
+                raise _Refused(response.status, response.reason)
+        if endpoint.context:
+            self.arm()
+            self.sock = endpoint.context.wrap_socket(self.sock, server_hostname=endpoint.address[0])
+        self.connected = True
         if self.cut:
             raise ConnectionAbortedError("hung up")
-        return connection
 
-    def _dial(self, address: Tuple[str, int], *_: Any) -> socket.socket:
+    def _dial(self, host: str, port: int) -> None:
         """socket.create_connection with one bound for all the addresses of a name together."""
         end = _now() + min(self.left(), _CONNECT)
-        found = socket.getaddrinfo(address[0], address[1], 0, socket.SOCK_STREAM)
-        places: List[Any] = [info[4] for info in found]
-        while places:
+        places: List[Any] = [at[4] for at in socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM)]
+        while self.sock is None:
             share = max(0.001, (end - _now()) / len(places))
-            host, port = places.pop(0)[:2]
             try:
-                self.sock = sock = socket.create_connection((host, port), share)
-                break
+                self.sock = socket.create_connection(places.pop(0)[:2], share)
             except OSError:
                 if not places:
                     raise
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         if hasattr(socket, "TCP_KEEPIDLE"):  # before a firewall forgets the connection
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 30)
-        sock.settimeout(self.left())
-        return sock
+            self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 30)
+        self.arm()
 
-    def _response(self, sock: socket.socket, *args: Any, **options: Any) -> Any:
-        """An HTTPResponse of which every part, the status line too, is due before `expires`."""
-        response = http.client.HTTPResponse(sock, *args, **options)
-        response.fp = io.BufferedReader(_Timed(self, sock, response.fp.detach()))
+    def _response(self, method: str) -> http.client.HTTPResponse:
+        """The head of an answer, of which every part, as of its body, is due by `expires`."""
+        response = http.client.HTTPResponse(self.sock, method=method)
+        response.fp = io.BufferedReader(_Timed(self, response.fp.detach()))
+        response.begin()
         return response
 
     def _read(self, response: http.client.HTTPResponse) -> bytes:
@@ -1004,20 +1022,21 @@ class _Wire:
         except _FAULTS:
             if good:  # else the status says enough
                 raise
+            response.will_close = True
         return bytes(body)
 
 
 class _Timed(io.RawIOBase):
-    """A socket's bytes until a wire's time is up: the socket's timeout begins anew with each."""
+    """A socket's bytes until its wire's time is up: its own timeout begins anew with each byte."""
 
-    def __init__(self, wire: _Wire, sock: socket.socket, raw: Any) -> None:
-        self.wire, self.sock, self.raw = wire, sock, raw
+    def __init__(self, wire: _Wire, raw: Any) -> None:
+        self.wire, self.raw = wire, raw
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> Any:
-        self.sock.settimeout(self.wire.left())
+        self.wire.arm()
         count = self.raw.readinto(buffer)
         self.wire.heard = self.wire.heard or count > 0
         return count
@@ -1059,11 +1078,11 @@ def _tls_context(ca_file: Optional[str]) -> Any:
                                  % (name, extra, fault)) from None
 
 
-def _proxy(scheme: str, netloc: str) -> Tuple[Optional[Tuple[str, int]], Dict[str, str]]:
-    """The proxy that the environment has for a URL, and the header that it wants."""
+def _proxy(scheme: str, netloc: str) -> Tuple[Optional[Tuple[str, int]], str]:
+    """The proxy that the environment has for a URL, and the header line that it wants."""
     named = urllib.request.getproxies().get(scheme)
     if not named or urllib.request.proxy_bypass(netloc):
-        return None, {}
+        return None, ""
     try:
         parts = urllib.parse.urlsplit(named if "://" in named else "http://" + named)
         host, port = parts.hostname or "", parts.port or 80
@@ -1073,12 +1092,12 @@ def _proxy(scheme: str, netloc: str) -> Tuple[Optional[Tuple[str, int]], Dict[st
         raise ConfigurationError("the proxy of %s_proxy cannot be used: only http://host:port can"
                                  % scheme)
     if scheme == "http" and not _is_loopback(host):
-        return None, {}  # http is for this machine alone: no other one shall see the key
+        return None, ""  # http is for this machine alone: no other one shall see the key
     if not parts.username:
-        return (host, port), {}
+        return (host, port), ""
     login = urllib.parse.unquote("%s:%s" % (parts.username, parts.password or "")).encode()
-    return (host, port), {"Proxy-Authorization":
-                          "Basic " + binascii.b2a_base64(login, newline=False).decode()}
+    return (host, port), "Proxy-Authorization: Basic %s\r\n" % (
+        binascii.b2a_base64(login, newline=False).decode())
 
 
 def _is_loopback(host: str) -> bool:
@@ -1089,7 +1108,6 @@ def _translate(fault: BaseException, connected: bool, key: str) -> Error:
     """The Error for an attempt without an answer: here alone foreign exceptions become ours."""
     kind = type(fault).__name__
     text = _redact("%s: %s" % (kind, fault), key)[:300]
-    refused = re.search(r"Tunnel connection failed: ([34]\d\d)", text)
     if isinstance(fault, socket.timeout):
         return APITimeoutError("no answer in time" if connected else "no connection in time",
                                retryable=True, overload=504)
@@ -1098,8 +1116,10 @@ def _translate(fault: BaseException, connected: bool, key: str) -> Error:
             "the server's certificate is not trusted. Where the network inspects TLS, give its CA "
             "as ca_file=, SSL_CERT_FILE or REQUESTS_CA_BUNDLE (Python 3.13 also demands of a CA "
             "that it states its key usage and key identifiers). " + text)
-    if refused:
-        return APIConnectionError("the proxy refuses. " + text)
+    if isinstance(fault, _Refused):
+        passing = fault.args[0] in RETRYABLE
+        return APIConnectionError("the proxy refuses: %d %s" % fault.args, retryable=passing,
+                                  overload=503 if passing else None)
     tls = ssl and isinstance(fault, ssl.SSLError) and not isinstance(fault, _HANG_UPS)
     if tls and not connected:
         return APIConnectionError("TLS cannot be set up. " + text)
@@ -1123,16 +1143,16 @@ def _understand(answer: _Answer, key: str) -> Union[Completion, Error]:
     usage = data.get("usage")
     return Completion(text if isinstance(text, str) else "", str(data.get("model") or ""),
                       choice.get("finish_reason"), usage if isinstance(usage, dict) else {},
-                      _request_id(answer, ""), 1, 0.0, data)
+                      _redact(_request_id(answer, "") or "", key) or None, 1, 0.0, data)
 
 
 def _failure(answer: _Answer, key: str) -> Error:
     """The Error for an answer that is no completion: the server's words, and the verdict."""
-    text = _redact(answer.body[:_MAX_ERROR].decode("utf-8", "replace"), key)
-    try:
-        body = _parse(text)
+    text = answer.body[:_MAX_ERROR].decode("utf-8", "replace")
+    try:  # once read, for JSON has many ways to write the key
+        body = _parse(_redact(json.dumps(_parse(text)), key))
     except ValueError:
-        body = text
+        body = text = _redact(text, key)
     error = body.get("error") if isinstance(body, dict) else None
     said = error if isinstance(error, dict) else {"message": error} if error else {}
     words = {name: str(said[name])[:2000] for name in ("code", "type", "param", "message")
@@ -1143,10 +1163,10 @@ def _failure(answer: _Answer, key: str) -> Error:
         "HTTP %d%s: %s" % (
             answer.status, "".join(" " + words[name] for name in ("code",) if name in words),
             "a redirect, which is not followed: check the base URL" if 300 <= answer.status < 400
-            else words.get("message") or " ".join(text[:200].split()) or "an empty body"),
+            else words.get("message") or " ".join(str(body)[:200].split()) or "an empty body"),
         status_code=answer.status, body=body, retryable=retryable,
         overload=status if retryable else None, retry_after=_retry_after(answer.headers),
-        request_id=_request_id(answer, words.get("message", "")), **words)
+        request_id=_redact(_request_id(answer, words.get("message", "")) or "", key) or None, **words)
 
 
 def _verdict(answer: _Answer, words: Dict[str, str], may: bool) -> Tuple[Optional[int], bool]:
@@ -1162,7 +1182,8 @@ def _verdict(answer: _Answer, words: Dict[str, str], may: bool) -> Tuple[Optiona
         status = int(words["param"])  # the upstream's own, which the gateway hid
     if hint in ("true", "false"):
         return status, hint == "true"
-    if PERMANENT & {words[name].lower() for name in ("code", "type") if name in words}:
+    named = {words[name].lower() for name in ("code", "type") if name in words}
+    if PERMANENT & named or any(name.startswith("billing_") for name in named):
         return status, False
     if status is None:
         return status, may and len(answer.body) <= _MAX_ANSWER
@@ -1239,7 +1260,7 @@ def _key(given: Optional[str]) -> str:
     return key
 
 
-def _base_url(given: Optional[str]) -> str:
+def _base_url(given: Optional[str], key: str) -> str:
     if given is None:
         given = os.environ.get("COMETAPI_BASE_URL", "").strip() or BASE_URL
     url = re.sub("(/chat/completions)?/*$", "", str(given).strip())
@@ -1256,10 +1277,10 @@ def _base_url(given: Optional[str]) -> str:
             (parts.scheme == "http" and not _is_loopback(host),
              "http:// would show the key on its way (https:// would not)")) if bad), "")
     except ValueError as fault:
-        problem = str(fault)
+        problem = _redact(str(fault), key)
     if problem:
         raise ConfigurationError("the base URL %r cannot be used: %s"
-                                 % (re.sub("//[^/]*@", "//***@", url), problem))
+                                 % (_redact(re.sub("//.*@", "//***@", given), key), problem))
     return url
 
 
@@ -1279,19 +1300,17 @@ failed, 2 nothing sent, 3 stopped early (run it again), 128 + N ended by signal 
 _TICK = 0.25    # seconds between two looks at the clock, and between two drawings of the bar
 _PLAIN = 30.0   # seconds between two lines of progress where there is no terminal
 _GRACE = 5.0    # seconds that a stopped run leaves to what is in flight
-_ALIKE = 5      # so many rows in a row that fail alike and for good are no matter of the rows
-_SIGPIPE = 13   # which Windows does not name
+_ALIKE = 5      # rows in a row that fail alike for good: that is no matter of the rows
 _PATIENCE = 50  # the same of failures that might have passed
+_SIGPIPE = 13   # which Windows does not name
 
 
 def main(argv: Optional[List[str]] = None) -> int:
     """The command line. Returns the exit status."""
     try:
-        options = _options(argv)
-        if options.demo:
-            return _demo()
+        options = _options(sys.argv[1:] if argv is None else argv)
         with contextlib.ExitStack() as stack:
-            return _Job(options, stack).run()
+            return _demo(stack) if options.demo else _Job(options, stack).run()
     except SystemExit as end:  # argparse's
         return int(end.code or 0)
     except (Error, OSError) as error:
@@ -1305,7 +1324,7 @@ def _say(text: str, end: str = "\n") -> None:
         sys.stderr.flush()
 
 
-def _options(argv: Optional[List[str]]) -> Any:
+def _options(argv: List[str]) -> Any:
     import argparse  # here, as the library's start is not to wait for it
     parser = argparse.ArgumentParser(
         prog="cometlimit", description=__doc__.splitlines()[0], epilog=_EPILOG, allow_abbrev=False,
@@ -1320,9 +1339,9 @@ def _options(argv: Optional[List[str]]) -> Any:
     add("--timeout", type=float, default=600.0, metavar="SEC", help="of one attempt (600)")
     add("--deadline", type=float, metavar="SEC", help="stop the run after that long")
     add("--max-failures", type=int, metavar="N", help="stop the run after so many failed rows")
-    add("--param", action="append", default=[], metavar="NAME=JSON", help="a field of every body")
+    add("--param", type=_param, action="append", metavar="NAME=JSON", help="a field of every body")
     add("--system", metavar="TEXT", help="a system message before every prompt")
-    add("--shard", default="1/1", metavar="I/N", help="of every N rows only the I-th")
+    add("--shard", type=_shard, default=(0, 1), metavar="I/N", help="of every N rows the I-th only")
     add("--joblog", metavar="FILE", help="append a JSON line for every attempt")
     add("--dry-run", action="store_true", help="check the input, send nothing")
     add("--base-url", metavar="URL", help="else COMETAPI_BASE_URL, else CometAPI's")
@@ -1331,23 +1350,29 @@ def _options(argv: Optional[List[str]]) -> Any:
     add("--demo", action="store_true", help="see it find the limit of a server of its own")
     add("--version", action="version", version="%(prog)s " + __version__)
     options = parser.parse_args(argv)
-    options.command = sys.argv[1:] if argv is None else argv
-    options.key, options.array = None, not (options.input_file or options.output_file)
+    options.key, options.command, options.param = None, argv, dict(options.param or ())
+    options.array = not (options.input_file or options.output_file)
     if options.prompts and options.input_file:
         parser.error("give either prompts or -i")
-    if options.prompts == ["-"] or not (options.prompts or options.input_file or options.demo):
-        options.prompts, options.input_file = [], "-"
-    if options.input_file == "-" and (sys.stdin is None or sys.stdin.isatty() and options.array):
-        parser.error("nothing to ask: give prompts, -i FILE or lines on stdin")
-    shard = re.match(r"(\d+)/(\d+)$", options.shard)
-    if not shard or not 1 <= int(shard.group(1)) <= int(shard.group(2)):
-        parser.error("--shard is 1/N to N/N, not %s" % options.shard)
-    options.shard = int(shard.group(1)) - 1, int(shard.group(2))
-    pairs = [field.partition("=") for field in options.param]
-    if not all(name and equals for name, equals, _ in pairs):
-        parser.error("--param is NAME=JSON")
-    options.param = {name: _loosely(value) for name, _, value in pairs}
+    if options.prompts in ([], ["-"]) and not (options.input_file or options.demo):
+        options.input_file = "-"
+        if sys.stdin is None or sys.stdin.isatty():
+            parser.error("nothing to ask: give prompts, -i FILE or lines on stdin")
     return options
+
+
+def _param(text: str) -> Tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not (name and equals):
+        raise ValueError
+    return name, _loosely(value)
+
+
+def _shard(text: str) -> Tuple[int, int]:
+    at, shards = map(int, text.split("/"))
+    if not 1 <= at <= shards:
+        raise ValueError
+    return at - 1, shards
 
 
 def _loosely(text: str) -> Any:
@@ -1365,7 +1390,7 @@ class _Row(NamedTuple):
     """A question of the input."""
 
     id: str      # its custom_id, else its line
-    mark: str    # of what it says: the id of its result, which shows whether the input is the same
+    mark: str    # the id of its result, made of what it says: by it another input is known
     line: int
     body: Dict[str, Any]
     problem: Optional[ConfigurationError]  # why it cannot be asked
@@ -1388,8 +1413,7 @@ def _row(line: bytes, number: int, options: Any) -> _Row:
         text = line.decode("utf-8")
         strict = text[0] == "{" and not options.array
         value = _parse(text) if strict else _loosely(text) if text[0] in '{["' else text
-        if not isinstance(value, dict):
-            value = {"prompt": value}
+        value = value if isinstance(value, dict) else {"prompt": value}
         if isinstance(value.get("custom_id"), (str, int)):
             name = str(value["custom_id"])
         body = _body(value, options)
@@ -1404,40 +1428,35 @@ def _row(line: bytes, number: int, options: Any) -> _Row:
 
 def _body(value: Dict[str, Any], options: Any) -> Dict[str, Any]:
     """The fields of a request, with the messages under "prompt", from any form of row."""
-    if value.get("method", "POST") != "POST" or not str(
-            value.get("url", "/chat/completions")).endswith("/chat/completions"):
+    url, given = str(value.get("url", "/chat/completions")), value.get("body", value)
+    if value.get("method", "POST") != "POST" or not url.endswith("/chat/completions"):
         raise ConfigurationError("only POST to /v1/chat/completions can be asked")
-    given = value.get("body", value)
     if not isinstance(given, dict):
         raise ConfigurationError("the body of a row is an object")
     body = dict(dict({"model": options.model}, **options.param), **given)
     for name in ("custom_id", "method", "url"):
         body.pop(name, None)
     messages = body.pop("messages", None)
-    prompt = body.setdefault("prompt", messages)
-    if options.system and isinstance(prompt, str):
+    if options.system and isinstance(body.setdefault("prompt", messages), str):
         body["prompt"] = [{"role": "system", "content": options.system},
-                          {"role": "user", "content": prompt}]
+                          {"role": "user", "content": body["prompt"]}]
+    body.setdefault("prompt", messages)
     return body
 
 
-def _result(row: _Row, outcome: Union[Completion, Error]) -> Dict[str, Any]:
+def _result(row: _Row, outcome: Union[Completion, Error]) -> str:
     """The OpenAI Batch output line. A failure stands in both the places where readers look for it:
     https://github.com/openai/openai-openapi/issues/302"""
-    response: Any = None
-    error: Any = None
-    if isinstance(outcome, Completion):
-        response = {"status_code": 200, "request_id": outcome.request_id, "body": outcome.body}
-    else:
-        error = {"code": _code(outcome), "message": str(outcome)}
+    status, body, error = 200, outcome.body, None  # type: Optional[int], Any, Any
+    if isinstance(outcome, Error):
+        status, error = outcome.status_code, {"code": _code(outcome), "message": str(outcome)}
         if isinstance(outcome, ConfigurationError):
             error["line"] = row.line
-        elif outcome.status_code is not None:
-            body = outcome.body if isinstance(outcome.body, dict) else {
-                "error": {"message": str(outcome.body), "type": None, "param": None, "code": None}}
-            response = {"status_code": outcome.status_code, "request_id": outcome.request_id,
-                        "body": body}
-    return {"id": row.mark, "custom_id": row.id, "response": response, "error": error}
+        if not isinstance(body, dict):
+            body = {"error": {"message": body, "type": None, "param": None, "code": None}}
+    response = {"status_code": status, "request_id": outcome.request_id, "body": body}
+    return json.dumps({"id": row.mark, "custom_id": row.id, "response": response if status else None,
+                       "error": error}) + "\n"
 
 
 def _code(error: Error) -> str:
@@ -1460,36 +1479,16 @@ class _Stream:
     """Results to a pipe, in the order of the rows: what comes early is held back."""
 
     def __init__(self, out: Any, array: bool) -> None:
-        self.out, self.array = out, array
-        self.ids: Dict[str, int] = {}  # in the input's order: where the answer begins, or -1
+        self.out, self.array, self.written = out, array, 0
         self.early: Dict[int, str] = {}
-        self.written = 0
-
-    def meet(self, row: _Row) -> bool:
-        """Take note of a row of the input; whether it is answered already."""
-        if not self.array:  # whose rows have no names
-            if row.id in self.ids:
-                raise ConfigurationError("line %d: the custom_id %r stands twice in the input"
-                                         % (row.line, row.id))
-            self.ids[row.id] = self.start(row)
-        return self.answered(row)
-
-    def answered(self, row: _Row) -> bool:
-        return self.ids.get(row.id, -1) >= 0
-
-    def start(self, row: _Row) -> int:
-        return -1
-
-    def check(self) -> None:
-        """After the last row of an input that is known whole."""
 
     def put(self, index: int, row: _Row, outcome: Union[Completion, Error]) -> int:
         """Take a result; returns how many have gone out by it."""
         if self.array:
-            self.early[index] = (",\n " if index else "[") + json.dumps(
-                getattr(outcome, "text", None), ensure_ascii=False)
+            text = json.dumps(getattr(outcome, "text", None), ensure_ascii=False)
+            self.early[index] = (",\n " if index else "[") + text
         else:
-            self.early[index] = json.dumps(_result(row, outcome)) + "\n"
+            self.early[index] = _result(row, outcome)
         before = self.written
         while self.written in self.early:
             self._write(self.early.pop(self.written))
@@ -1497,7 +1496,7 @@ class _Stream:
         return self.written - before
 
     def close(self) -> None:
-        for index in sorted(self.early):  # after a stop, with gaps
+        for index in sorted(self.early):  # those after a gap, where the run was stopped
             self._write(self.early[index])
         if self.array:
             self._write("]\n" if self.written or self.early else "[]\n")
@@ -1510,7 +1509,7 @@ class _Stream:
         self.out.flush()
 
 
-class _Checkpoint(_Stream):
+class _Checkpoint:
     """Results to a file, which is all that a resumed run needs.
 
     A result is appended, in one piece, as soon as it is there, whatever is still open before it: a
@@ -1518,12 +1517,12 @@ class _Checkpoint(_Stream):
     the last of each, in a copy that takes the file's place.
     """
 
-    def __init__(self, path: str) -> None:
-        super().__init__(None, False)
+    def __init__(self, path: str, ids: Dict[str, int]) -> None:
         self.path = os.path.realpath(path)
         self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
-        self.found: Dict[str, Tuple[int, str]] = {}  # answers whose row was not met yet; their id
-        self.failed: Dict[str, int] = {}             # where the last failure of a row begins
+        self.ids = ids                               # by row: where its answer begins, or -1
+        self.failed: Dict[str, int] = {}             # where its last failure begins
+        self.found: Dict[str, Tuple[int, str]] = {}  # answers of rows not met yet, and their marks
         self.lines = self.end = 0
         self.gap = b""                               # what is missing at the end
 
@@ -1544,21 +1543,20 @@ class _Checkpoint(_Stream):
         with open(self.path, "rb") as lines:
             for line in lines:
                 try:
-                    result = _parse(line.decode("utf-8"))
-                    self._learn(str(result["custom_id"]), result)
+                    self._learn(_parse(line.decode("utf-8")))
                 except (ValueError, LookupError, TypeError, AttributeError):
                     if not line.endswith(b"\n"):
                         break  # torn by a kill: the next row takes its place
                     bad += 1
-                self.lines += 1
-                self.end += len(line)
+                self.lines, self.end = self.lines + 1, self.end + len(line)
                 self.gap = b"" if line.endswith(b"\n") else b"\n"
-        if bad and not self.found:
-            raise ConfigurationError("%s holds no results: it is left as it is" % self.path)
         if bad:
             _say("cometlimit: %d lines of %s are no results" % (bad, self.path))
+            if not self.found:
+                raise ConfigurationError("%s holds something else: it is left as it is" % self.path)
 
-    def _learn(self, name: str, result: Dict[str, Any]) -> None:
+    def _learn(self, result: Any) -> None:
+        name = str(result["custom_id"])
         if _answered(result):
             self.failed.pop(name, None)
             self.found[name] = self.end, str(result.get("id"))
@@ -1566,19 +1564,15 @@ class _Checkpoint(_Stream):
             self.failed[name] = self.end
 
     def start(self, row: _Row) -> int:
+        """Where the answer to a row that is met begins, or -1."""
         start, mark = self.found.pop(row.id, (-1, ""))
         if re.match("batch_req_[0-9a-f]{16}$", mark) and mark != row.mark:
             raise ConfigurationError("%s is of another input: there, %r asked something else"
                                      % (self.path, row.id))
         return start
 
-    def check(self) -> None:
-        if self.found:
-            raise ConfigurationError("%s is of another input: no row asks for %r, nor for %d more"
-                                     % (self.path, min(self.found), len(self.found) - 1))
-
-    def put(self, index: int, row: _Row, outcome: Union[Completion, Error]) -> int:
-        line = self.gap + json.dumps(_result(row, outcome)).encode() + b"\n"
+    def put(self, _: int, row: _Row, outcome: Union[Completion, Error]) -> int:
+        line = self.gap + _result(row, outcome).encode()
         try:
             os.ftruncate(self.fd, self.end)
             left = memoryview(line)
@@ -1587,12 +1581,10 @@ class _Checkpoint(_Stream):
         except OSError:  # a full disk takes half a row
             os.ftruncate(self.fd, self.end)
             raise
-        start = self.end + len(self.gap)
         if isinstance(outcome, Completion):
-            self.ids[row.id] = start
-            self.failed.pop(row.id, None)
+            self.ids[row.id] = self.end + len(self.gap)
         else:
-            self.failed[row.id] = start
+            self.failed[row.id] = self.end + len(self.gap)
         self.lines, self.end, self.gap = self.lines + 1, self.end + len(line), b""
         return 1
 
@@ -1632,6 +1624,7 @@ class _Job:
     def __init__(self, options: Any, stack: contextlib.ExitStack) -> None:
         self.options, self.stack = options, stack
         self.events: Any = queue.Queue()  # what happened: the method for it, and its argument
+        self.ids: Dict[str, int] = {}     # the input's, in order: where the answer begins, or -1
         self.calls: Dict[_Call, Tuple[int, _Row]] = {}  # under way
         self.room = threading.Semaphore(_AHEAD * max(1, options.max_concurrency))  # rows in hand
         self.rows = self.kept = self.answers = self.failures = self.signal = 0
@@ -1648,16 +1641,19 @@ class _Job:
         options = self.options
         if not options.dry_run:
             self.client = self._client()
-        self.source = self._input()
-        self.sink = self._output()
+        if options.input_file is None:  # JSON strings, as a prompt may have lines
+            self.source: Any = [json.dumps(prompt).encode() for prompt in options.prompts]
+        elif options.input_file == "-":
+            self.source = sys.stdin.buffer
+        else:
+            self.source = self.stack.enter_context(open(options.input_file, "rb"))
+        self.sink = self._output(options.output_file or "-")
         self.known = isinstance(self.source, list) or stat.S_ISREG(
             os.fstat(self.source.fileno()).st_mode)
-        if options.dry_run or self.known:
-            bad = self._survey()
-            if options.dry_run:
-                return int(bad > 0)
-        self.log = self.stack.enter_context(
-            open(options.joblog or os.devnull, "ab", buffering=0))
+        bad = self._survey() if options.dry_run or self.known else 0
+        if options.dry_run:
+            return int(bad > 0)
+        self.joblog = self.stack.enter_context(open(options.joblog or os.devnull, "ab", buffering=0))
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self.stack.callback(signal.signal, number, signal.signal(number, self._on_signal))
@@ -1682,27 +1678,20 @@ class _Job:
         self.stack.callback(client.close)
         return client
 
-    def _input(self) -> Any:
-        path = self.options.input_file
-        if path is None:  # JSON strings, as a prompt may have lines
-            return [json.dumps(prompt).encode() for prompt in self.options.prompts]
-        return sys.stdin.buffer if path == "-" else self.stack.enter_context(open(path, "rb"))
-
-    def _output(self) -> _Stream:
-        path, array = self.options.output_file or "-", self.options.array
+    def _output(self, path: str) -> Any:
         if path == "-":
             if sys.stdout is None:
                 raise ConfigurationError("stdout is closed: the answers would go nowhere")
-            return _Stream(sys.stdout, array)
+            return _Stream(sys.stdout, self.options.array)
         if os.path.exists(path):
             if not isinstance(self.source, list) and os.path.samestat(
                     os.stat(path), os.fstat(self.source.fileno())):
                 raise ConfigurationError("%s is both the input and the output" % path)
             if not os.path.isfile(path):  # a pipe or a device
-                return _Stream(self.stack.enter_context(open(path, "w")), array)
+                return _Stream(self.stack.enter_context(open(path, "w")), self.options.array)
         elif self.options.dry_run:
-            return _Stream(None, array)
-        sink = _Checkpoint(path)
+            return None
+        sink = _Checkpoint(path, self.ids)
         self.stack.callback(os.close, sink.fd)
         sink.load()
         return sink
@@ -1712,19 +1701,29 @@ class _Job:
         models: Dict[Any, int] = collections.Counter()
         self.total = bad = 0
         for row in _rows(self.source, self.options):
-            self.sink.meet(row)
+            self._meet(row)
             self.total += 1
             models[row.body.get("model")] += 1
             bad += row.problem is not None
             if row.problem and self.options.dry_run:
                 _say("%s: %s" % (row.id, row.problem))
-        self.sink.check()
+        if getattr(self.sink, "found", None):
+            raise ConfigurationError("%s is of another input: it has %d results that no row asks for, "
+                                     "as for %r" % (self.sink.path, len(self.sink.found),
+                                                    min(self.sink.found)))
         if not isinstance(self.source, list):
             self.source.seek(0)
         if self.options.dry_run:
             _say("%d rows, %d bad; by model: %s" % (self.total, bad, ", ".join(
                 "%s x %d" % pair for pair in models.items())))
         return bad
+
+    def _meet(self, row: _Row) -> None:
+        """Take note of a row of the input."""
+        if row.id in self.ids:
+            raise ConfigurationError("line %d: the custom_id %r stands twice in the input"
+                                     % (row.line, row.id))
+        self.ids[row.id] = self.sink.start(row) if isinstance(self.sink, _Checkpoint) else -1
 
     def _read(self) -> None:
         fault = None
@@ -1746,7 +1745,9 @@ class _Job:
             return
         index, self.rows = self.rows, self.rows + 1
         try:
-            if self.sink.answered(row) if self.known else self.sink.meet(row):
+            if not self.known:
+                self._meet(row)
+            if self.ids[row.id] >= 0:
                 self.kept += 1
                 self.room.release()
                 return
@@ -1763,15 +1764,15 @@ class _Job:
 
     def _receive(self, call: _Call) -> None:
         index, row = self.calls.pop(call)
-        outcome = call.exception() or call.result()
-        if outcome.__class__ is not Error:  # a bare one was given up: it is left to the next run
-            self._write(index, row, outcome)  # type: ignore[arg-type]
+        outcome: Any = call.exception() or call.result()
+        if type(outcome) is not Error:  # a bare one was given up: it is left to the next run
+            self._write(index, row, outcome)
 
     def _write(self, index: int, row: _Row, outcome: Union[Completion, Error]) -> None:
-        if isinstance(outcome, Completion):
-            self.answers, self.alike = self.answers + 1, (None, 0)
-        else:
+        if isinstance(outcome, Error):
             self._fail(row, outcome)
+        else:
+            self.answers, self.alike = self.answers + 1, (None, 0)
         try:
             for _ in range(self.sink.put(index, row, outcome) if self.writing else 0):
                 self.room.release()
@@ -1797,7 +1798,7 @@ class _Job:
             self._stop("%d rows failed" % self.failures)
 
     def _log(self, record: Record) -> None:
-        self.log.write(json.dumps(record._asdict()).encode() + b"\n")
+        self.joblog.write(json.dumps(record._asdict()).encode() + b"\n")
 
     def _on_signal(self, number: int, _: Any) -> None:
         if self.signal:
@@ -1824,25 +1825,21 @@ class _Job:
             _say(self._progress(now), "\x1b[K\r" if self.bar else "\n")
 
     def _progress(self, now: float) -> str:
-        done = self.kept + self.answers + self.failures
+        done, total = self.kept + self.answers + self.failures, self.total
         rate = (self.answers + self.failures) / max(0.001, now - self.began)
-        text = "%d done" % done
-        if self.total is not None:
-            share = done / max(1, self.total)
-            left = (self.total - done) / max(rate, 1e-3)
-            text = "%d/%d done, %d:%02d left" % (done, self.total, left // 60, left % 60)
-            if self.bar:
-                text = "[%-20s] " % ("#" * int(20 * share)) + text
-        text += ", %.1f/s" % rate
-        if self.failures:
-            text += ", %d failed" % self.failures
+        text = "%d done, %.1f/s" % (done, rate)
+        if total is not None:
+            left = (total - done) / max(rate, 0.001)
+            text = "%d/%d done, %.1f/s, %d:%02d left" % (done, total, rate, left // 60, left % 60)
+        if self.bar and total:
+            text = "[%-20s] %s" % ("#" * (20 * done // total), text)
+        text += ", %d failed" % self.failures if self.failures else ""
         for (_, model), stats in sorted(self.client.metrics.items()):
             limits = [words % value for words, value in (
                 ("rate limit %.3g/s", stats.pace), ("window %d", stats.window),
                 ("429 x %d", stats.statuses[429])) if value]
-            if limits:
-                text += "; %s: %s" % (model, ", ".join(limits))
-        return text if not self.bar else text[:shutil.get_terminal_size().columns - 1]
+            text += "; %s: %s" % (model, ", ".join(limits)) if limits else ""
+        return text[:shutil.get_terminal_size().columns - 1] if self.bar else text
 
     def _end(self) -> int:
         """Close the output, say what became of the run, and return its exit status."""
@@ -1850,96 +1847,78 @@ class _Job:
             if self.writing:
                 self.sink.close()
         except OSError as fault:
-            self.reason = self.reason or "the results cannot be written: %s" % fault
+            self.writing, self.reason = False, "the results cannot be written: %s" % fault
         while not self.events.empty():  # the last records
             handle, what = self.events.get()
             if handle == self._log:
                 handle(what)
-        left = bool(self.reason) and (self.total is None or self.total > (
-            self.kept + self.answers + self.failures) or not self.writing)
+        done = self.kept + self.answers + self.failures
+        left = bool(self.reason) and (not self.writing or done != self.total)
         if self.signal == _SIGPIPE:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter complains at its end
         elif not self.options.quiet:
-            self._summary(left)
-        if self.signal:
-            return 128 + self.signal
-        return 3 if left else 1 if self.failures else 0
+            _say(("\x1b[K" if self.bar else "") + "\n".join(self._summary(left)))
+        return 128 + self.signal if self.signal else 3 if left else int(self.failures > 0)
 
-    def _summary(self, left: bool) -> None:
-        row = "%-28s %8s %8s %8s %11s %11s %7s %7s  %s"
-        lines = [row % ("model", "requests", "answers", "retries", "tokens in", "tokens out", "p50 s",
-                        "p95 s", "statuses")]
+    def _summary(self, left: bool) -> Iterator[str]:
+        form = "%-28s %8s %8s %8s %11s %11s %7s %7s  %s"
+        yield form % ("model", "requests", "answers", "retries", "tokens in", "tokens out", "p50 s",
+                      "p95 s", "statuses")
         for (_, model), stats in sorted(self.client.metrics.items()):
-            lines.append(row % (
+            yield form % (
                 model, stats.requests, stats.answers, stats.retries, stats.prompt_tokens,
                 stats.completion_tokens, "%.2f" % stats.latency(0.5), "%.2f" % stats.latency(0.95),
                 ", ".join("%s x %d" % (status or "none", stats.statuses[status])
-                          for status in sorted(stats.statuses, key=lambda status: status or 0))))
-        lines += ["%d x %s, first %s" % (count, code, sample)
-                  for code, (count, sample) in sorted(self.errors.items())]
-        lines.append("%d answered, %d failed%s, %.1f s" % (
-            self.answers, self.failures, ", %d kept" % self.kept if self.kept else "",
-            time.monotonic() - self.began))
+                          for status in sorted(stats.statuses, key=lambda status: status or 0)))
+        for code, (count, sample) in sorted(self.errors.items()):
+            yield "%d x %s, first %s" % (count, code, sample)
+        yield "%d answered, %d failed, %d kept, %.1f s" % (
+            self.answers, self.failures, self.kept, time.monotonic() - self.began)
         if left:
-            lines.append("stopped: %s" % self.reason)
+            yield "stopped: %s" % self.reason
         if (left or self.failures) and isinstance(self.sink, _Checkpoint):
-            lines.append("to go on: python3 %s" % " ".join(
-                map(shlex.quote, sys.argv[:1] + self.options.command)))
-        _say(("\x1b[K" if self.bar else "") + "\n".join(lines))
+            yield "to go on: python3 " + " ".join(
+                map(shlex.quote, sys.argv[:1] + self.options.command))
 
 
-def _demo() -> int:
+def _demo(stack: contextlib.ExitStack) -> int:
     """A run against a rate-limited server in this process."""
-    import http.server
     import socketserver
-    rate, burst, lock = 8.0, 8.0, threading.Lock()
-    state = {"level": burst, "at": time.monotonic(), "refused": 0}
+    rate, prompts, lock, bucket = 8.0, 40, threading.Lock(), [8.0, time.monotonic(), 0]
 
-    class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
-        daemon_threads, request_queue_size = True, 64
+    class Handler(socketserver.StreamRequestHandler):
+        def handle(self) -> None:
+            while self.rfile.readline():
+                size = int(http.client.parse_headers(self.rfile)["content-length"])
+                asked = json.loads(self.rfile.read(size).decode())
+                with lock:
+                    level, at, refused = bucket
+                    now = time.monotonic()
+                    level = min(rate, level + (now - at) * rate)
+                    bucket[:] = max(level - 1, level % 1), now, refused + (level < 1)
+                value: Any = {"error": {"message": "slow down", "code": "rate_limit_exceeded"}}
+                if level >= 1:
+                    time.sleep(0.3)
+                    text = "You said: " + asked["messages"][0]["content"]
+                    value = {"model": "demo-model", "choices": [{"message": {"content": text}}],
+                             "usage": {"prompt_tokens": 6, "completion_tokens": 8}}
+                body = json.dumps(value).encode()
+                self.wfile.write(b"HTTP/1.1 %d -\r\nContent-Length: %d\r\n\r\n%s" % (
+                    200 if level >= 1 else 429, len(body), body))
 
-    class Handler(http.server.BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def do_POST(self) -> None:
-            asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])).decode())
-            with lock:
-                now = time.monotonic()
-                level = min(burst, state["level"] + (now - state["at"]) * rate)
-                state.update(level=level - (level >= 1), at=now,
-                             refused=state["refused"] + (level < 1))
-            if level < 1:
-                return self.reply(429, {"error": {"message": "slow down", "code": "rate_limit"}})
-            time.sleep(0.3)
-            self.reply(200, {"model": asked["model"], "usage": {
-                "prompt_tokens": 6, "completion_tokens": 3}, "choices": [{
-                    "finish_reason": "stop", "message": {
-                        "content": asked["messages"][0]["content"].upper()}}]})
-
-        def reply(self, status: int, value: Any) -> None:
-            body = json.dumps(value).encode()
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    server = Server(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    print("40 prompts from 20 threads to a server that allows 8 requests a second:", flush=True)
-    options = _options(["-m", "demo-model", "-c", "20", "--base-url",
-                        "http://127.0.0.1:%d/v1" % server.server_port]
-                       + ["Say hello %d." % number for number in range(1, 41)])
-    options.key = "demo-key"
-    with contextlib.ExitStack() as stack, contextlib.redirect_stdout(io.StringIO()):
-        job = _Job(options, stack)
+    server = socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler)
+    stack.callback(server.server_close)
+    stack.callback(server.shutdown)
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    print("%d prompts, 20 at once, to a server that allows %d requests a second" % (prompts, rate),
+          flush=True)
+    options = _options(["-m", "demo-model", "-c", "20", "--base-url", "http://127.0.0.1:%d/v1"
+                        % server.server_address[1]] + ["Hello %d." % n for n in range(prompts)])
+    options.key, job = "demo-key", _Job(options, stack)
+    with contextlib.redirect_stdout(io.StringIO()):
         status = job.run()
-    server.shutdown()
-    server.server_close()
     print("answered: %d, refused on the way: %d, lost: %d" % (
-        job.answers, state["refused"], 40 - job.answers))
+        job.answers, bucket[2], prompts - job.answers))
     return status
 
 

@@ -1,0 +1,1508 @@
+"""What cometlimit promises, one class per promise. Nothing here leaves the machine.
+
+Time and chance are replaced: a wait moves a clock that all share, so hardly any test sleeps.
+"""
+import asyncio
+import collections
+import concurrent.futures
+import contextlib
+import copy
+import gc
+import inspect
+import itertools
+import json
+import logging
+import os
+import pickle
+import shutil
+import signal
+import socket
+import ssl
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+import tracemalloc
+import unittest
+import warnings
+
+import cometlimit
+
+TIMEOUT = 20.0  # no wait in here is longer
+KEY = "sk-Secret/Key<&>0123456789"
+
+
+# The scripted server: every test is written in its words
+
+
+class Line:
+    """What a server does with a request: send(sock), and whether the connection stays open."""
+
+    def __init__(self, send, keep=False):
+        self.send, self.keep = send, keep
+
+
+def status(code, body="", headers=()):
+    """An answer: body is bytes, a text or a JSON value; headers a dict or pairs."""
+    data = body if isinstance(body, bytes) else (
+        body if isinstance(body, str) else json.dumps(body)).encode()
+    pairs = list(headers.items() if isinstance(headers, dict) else headers)
+    if not {"content-length", "transfer-encoding"} & {name.lower() for name, _ in pairs}:
+        pairs.append(("Content-Length", len(data)))
+    head = "HTTP/1.1 %d Any\r\n%s\r\n" % (code, "".join("%s: %s\r\n" % pair for pair in pairs))
+    return raw(head.encode("latin-1") + data, keep=True)
+
+
+def reply(text, headers=(), **fields):
+    """A completion with this text; fields go into the body."""
+    return status(200, dict({"model": "m-2024", "choices": [
+        {"message": {"role": "assistant", "content": text}, "finish_reason": "stop"}],
+        "usage": {"prompt_tokens": 2, "completion_tokens": 3}}, **fields), headers)
+
+
+def reply_echo(request):
+    """A completion with the prompt as its text."""
+    return reply(request.prompt)
+
+
+def raw(data, keep=False):
+    """These bytes, then the end of the connection."""
+    return Line(lambda sock: sock.sendall(data), keep)
+
+
+def close_idle(line):
+    """An answer after which the server closes the connection without having said so."""
+    return Line(line.send)
+
+
+def hang_up():
+    """The end of the connection without a byte."""
+    return Line(lambda sock: None)
+
+
+def reset():
+    """The end of the connection by RST."""
+    return Line(lambda sock: sock.setsockopt(
+        socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)))
+
+
+def cut_short(code=200, body=b'{"choices": ['):
+    """An answer that announces more bytes than come."""
+    return Line(status(code, body, {"Content-Length": len(body) + 50}).send)
+
+
+def stall(gone=None):
+    """No answer; the event is set when the client has hung up."""
+    def send(sock):
+        with contextlib.suppress(OSError):
+            sock.recv(1)
+        if gone is not None:
+            gone.set()
+    return Line(send)
+
+
+def drip(part, seconds, pause=0.02):
+    """Bytes that trickle for so many seconds, in the status line, headers, body or chunks."""
+    head = b"HTTP/1.1 200 OK\r\n"
+    start, piece = {"status": (b"HTTP/1.1 200 ", b"O"), "headers": (head + b"X: ", b"y"),
+                    "body": (head + b"Content-Length: 1000000\r\n\r\n", b" "),
+                    "chunks": (head + b"Transfer-Encoding: chunked\r\n\r\n", b"1\r\n \r\n")}[part]
+
+    def send(sock):
+        sock.sendall(start)
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            sock.sendall(piece)
+            time.sleep(pause)
+    return Line(send)
+
+
+class Request:
+    """method, path, headers (a dict, lower case), body (JSON), prompt (the last message's text),
+    connection (its number, from 1), time (of the client's clock)."""
+
+    def __init__(self, reader, connection):
+        self.time, self.connection = cometlimit._now(), connection
+        self.method, self.path = reader.readline().decode("latin-1").split()[:2]
+        lines = (line.decode("latin-1") for line in iter(reader.readline, b"\r\n"))
+        self.headers = {name.strip().lower(): value.strip()
+                        for name, _, value in (line.partition(":") for line in lines)}
+        data = reader.read(int(self.headers.get("content-length", 0)))
+        self.body = json.loads(data.decode()) if data else None
+        self.prompt = self.body["messages"][-1]["content"] if self.body else None
+
+
+class Listener:
+    """A port of 127.0.0.1 with a thread for each connection; all end with the block."""
+
+    def __enter__(self):
+        self.sockets, self.threads, self.faults, self.connections = [], [], [], 0
+        self.lock, self.ending, self.listener = threading.Lock(), False, socket.socket()
+        self.listener.bind(("127.0.0.1", 0))
+        self.listener.listen(128)
+        self.port = self.listener.getsockname()[1]
+        self.start(self.accept)
+        return self
+
+    def start(self, job, *args):
+        def run():
+            try:
+                job(*args)
+            except OSError:
+                pass  # the other side is gone
+            except Exception as fault:
+                self.faults.append(fault)
+        self.threads.append(threading.Thread(target=run, daemon=True))
+        self.threads[-1].start()
+
+    def accept(self):
+        while True:
+            sock = self.listener.accept()[0]
+            if self.ending:
+                return sock.close()
+            self.connections += 1
+            self.start(self.serve, self.own(sock), self.connections)
+
+    def own(self, sock):
+        sock.settimeout(TIMEOUT)
+        self.sockets.append(sock)
+        return sock
+
+    def serve(self, sock, number):
+        raise NotImplementedError
+
+    def __exit__(self, kind, *_):
+        self.ending = True
+        socket.create_connection(("127.0.0.1", self.port), TIMEOUT).close()  # wakes accept()
+        self.threads[0].join(TIMEOUT)
+        for sock in list(self.sockets):
+            with contextlib.suppress(OSError):
+                socket.socket.shutdown(sock, socket.SHUT_RDWR)
+        for thread in self.threads:
+            thread.join(TIMEOUT)
+        for sock in self.sockets + [self.listener]:
+            sock.close()
+        if kind is None and self.faults:
+            raise self.faults[0]
+
+
+class Server(Listener):
+    """Each request takes the next line of the script: a Line, or a function of the request that
+    returns one. What is beyond the script gets `forever` or, without it, status 599. The block
+    fails if a line is left. tls=NAME shows a certificate for that name, or address."""
+
+    def __init__(self, *script, forever=None, tls=None):
+        self.script, self.forever, self.tls = list(script), forever, tls
+        self.requests = [] if forever is None else collections.deque(maxlen=1000)
+        self.flying = self.peak = 0
+        self.changed = threading.Condition()
+
+    def __enter__(self):
+        super().__enter__()
+        self.url = "%s://127.0.0.1:%d/v1" % ("https" if self.tls else "http", self.port)
+        return self
+
+    def serve(self, sock, number):
+        if self.tls:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(certificate(self.tls))
+            sock = self.own(context.wrap_socket(sock, server_side=True))
+        with sock, sock.makefile("rb") as reader:
+            while reader.peek(1):
+                request = Request(reader, number)
+                with self.changed:
+                    line = self.script.pop(0) if self.script else self.forever or status(599)
+                    self.flying += 1
+                    self.peak = max(self.peak, self.flying)
+                    self.requests.append(request)
+                    self.changed.notify_all()
+                try:
+                    line = line if isinstance(line, Line) else line(request)
+                finally:
+                    with self.changed:  # before the answer, which makes room for the next request
+                        self.flying -= 1
+                line.send(sock)
+                if not line.keep:
+                    return
+
+    def await_requests(self, count):
+        """Return as soon as so many requests have come."""
+        with self.changed:
+            if not self.changed.wait_for(lambda: len(self.requests) >= count, TIMEOUT):
+                raise AssertionError("%d requests, not %d" % (len(self.requests), count))
+
+    def __exit__(self, kind, *_):
+        super().__exit__(kind, *_)
+        if kind is None and self.script:
+            raise AssertionError("%d lines of the script were not used" % len(self.script))
+
+
+class Proxy(Listener):
+    """A proxy that keeps the head of each request in `heads`; refuse=407 says so to each."""
+
+    def __init__(self, refuse=None):
+        self.refuse, self.heads = refuse, []
+
+    def serve(self, sock, number):
+        with sock:
+            head = b""
+            while b"\r\n\r\n" not in head:
+                head += sock.recv(1)
+            self.heads.append(head.decode("latin-1"))
+            if self.refuse:
+                return status(self.refuse).send(sock)
+            verb, target = self.heads[-1].split()[:2]
+            host, _, port = target.split("/")[0 if verb == "CONNECT" else 2].rpartition(":")
+            with socket.create_connection((host, int(port)), TIMEOUT) as other:
+                self.own(other)
+                if verb == "CONNECT":
+                    raw(b"HTTP/1.1 200 Yes\r\n\r\n").send(sock)
+                else:
+                    other.sendall(head)
+                self.start(self.pump, other, sock)
+                self.pump(sock, other)
+
+    @staticmethod
+    def pump(source, target):
+        for data in iter(lambda: source.recv(1 << 16), b""):
+            target.sendall(data)
+        target.shutdown(socket.SHUT_WR)
+
+
+class Certificates:
+    folder = None  # made by the first test that needs it
+
+
+def certificate(name, signed=True):
+    """The file of a certificate (and its key) for a name or an address, by the CA of "ca"; not
+    signed: by itself. Skips the test where there is no openssl command."""
+    if shutil.which("openssl") is None:
+        raise unittest.SkipTest("there is no openssl command")
+    if Certificates.folder is None:
+        Certificates.folder = tempfile.mkdtemp()
+    base = os.path.join(Certificates.folder, "%s%d" % (name, signed))
+    if not os.path.exists(base + ".pem"):
+        kind = "IP" if name[0].isdigit() else "DNS"
+        extensions = ("CA:TRUE\nkeyUsage=critical,keyCertSign,cRLSign" if name == "ca" else
+                      "CA:FALSE\nsubjectAltName=%s:%s" % (kind, name))
+        with open(base + ".cnf", "w") as file:
+            file.write("[req]\ndistinguished_name=dn\nprompt=no\n[dn]\nCN=%s\n[ext]\n"
+                       "subjectKeyIdentifier=hash\n%sbasicConstraints=critical,%s\n" % (
+                           name, "" if name == "ca" else "authorityKeyIdentifier=keyid\n",
+                           extensions))
+
+        def openssl(*words):
+            subprocess.run(("openssl",) + words, check=True, stdout=subprocess.DEVNULL,
+                           stderr=subprocess.DEVNULL, timeout=TIMEOUT)
+        own = name == "ca" or not signed
+        openssl("req", "-new", "-newkey", "rsa:2048", "-nodes", "-config", base + ".cnf",
+                "-keyout", base + ".key", "-out", base + ".csr")
+        issuer = () if own else ("-CAcreateserial", "-CA", certificate("ca"), "-CAkey",
+                                 certificate("ca")[:-4] + ".key")
+        openssl("x509", "-req", "-days", "2", "-in", base + ".csr", "-out", base + ".crt",
+                "-extfile", base + ".cnf", "-extensions", "ext",
+                *(issuer or ("-signkey", base + ".key")))
+        with open(base + ".pem", "w") as file:
+            for end in (".crt", ".key"):
+                with open(base + end) as part:
+                    file.write(part.read())
+    return base + ".pem"
+
+
+def tearDownModule():
+    if Certificates.folder is not None:
+        shutil.rmtree(Certificates.folder)
+
+
+class Case(unittest.TestCase):
+    """A clean environment; a clock that only waits move; chance always at the middle."""
+
+    START = 1696004797.0  # Fri, 29 Sep 2023 16:26:37 GMT
+
+    def setUp(self):
+        kept = dict(os.environ)
+        self.addCleanup(lambda: (os.environ.clear(), os.environ.update(kept)))
+        for name in kept:
+            if name.upper().startswith("COMETAPI_") or name.lower().endswith("_proxy") or name in (
+                    "SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE",
+                    "SSLKEYLOGFILE", "PYTHONUNBUFFERED", "REQUEST_METHOD"):
+                del os.environ[name]
+        self.seams = {name: getattr(cometlimit, name)
+                      for name in ("_now", "_wall", "_random", "_wait")}
+        self.addCleanup(self.real_time)
+        self.addCleanup(self.threads_end)
+        self.now, self.wall, self.waits = 1000.0, self.START, []
+        cometlimit._now = lambda: self.now
+        cometlimit._wall = lambda: self.wall
+        cometlimit._random = lambda: 0.5
+        cometlimit._wait = self.wait
+
+    def wait(self, condition, seconds):
+        self.waits.append(seconds)
+        self.now += seconds
+
+    def real_time(self):
+        vars(cometlimit).update(self.seams)
+
+    def threads_end(self):
+        end = time.monotonic() + TIMEOUT
+        for thread in threading.enumerate():
+            if thread.name == "cometlimit":
+                thread.join(end - time.monotonic())
+                self.assertFalse(thread.is_alive(), "a thread is left")
+
+    def client(self, server, **options):
+        client = cometlimit.Client(**dict(dict(
+            api_key=KEY, base_url=server.url, model="m", max_concurrency=1), **options))
+        self.addCleanup(client.close)
+        return client
+
+    def outcome(self, *script, **options):
+        """What becomes of one prompt: a Completion or an Error, once the script is played."""
+        self.waits.clear()
+        with Server(*script) as server, self.client(server, **options) as client:
+            try:
+                return client.complete("Hi")
+            except cometlimit.Error as error:
+                return error
+
+    def assert_error(self, error, kind, text, **details):
+        self.assertIs(type(error), kind, repr(error))
+        self.assertEqual(str(error), text)
+        self.assertEqual({name: getattr(error, name) for name in details}, details)
+
+
+RETRIED = {408, 429, 500, 502, 503, 504, 520, 521, 522, 523, 524, 529}
+GIVEN_UP = (300, 301, 302, 303, 304, 307, 308, 400, 401, 402, 403, 404, 405, 406, 409, 410, 413,
+            415, 418, 422, 423, 424, 425, 426, 428, 431, 451, 498, 499, 501, 505, 506, 507, 508,
+            510, 511, 519, 525, 526, 527, 528, 530, 598, 599)
+PERMANENT = """access_denied billing_hard_limit_reached billing_not_active convert_request_failed
+    count_token_failed credit_balance_exhausted gen_relay_info_failed insufficient_quota
+    insufficient_user_quota invalid_request missing_required_parameter model_not_found
+    model_price_error permission_denied pre_consume_token_quota_failed prompt_blocked
+    quota_exceeded sensitive_words_detected""".split()
+GONE = "given up: the client was closed"
+NAN = float("nan")
+
+
+def failure(code, number=500, **words):
+    return status(number, {"error": dict({"message": "why", "type": "comet_api_error",
+                                          "param": "", "code": code}, **words)})
+
+
+def parameters(function):
+    return {name: value.default for name, value in inspect.signature(function).parameters.items()
+            if name != "self"}
+
+
+class Names(Case):
+    """Programs of others are written against these."""
+
+    def test_are_those_of_the_design(self):
+        """Every public name is exported and documented, and the hierarchy of errors stands."""
+        tree = {"ConfigurationError": "Error", "APIConnectionError": "Error",
+                "APITimeoutError": "APIConnectionError", "APIStatusError": "Error",
+                "RateLimitError": "APIStatusError", "APIResponseError": "Error"}
+        names = set(tree) | {"Client", "Completion", "Error", "Record", "Throttle", "ask_all",
+                             "backoff"}
+        self.assertLessEqual(names, set(cometlimit.__all__))
+        for name in cometlimit.__all__:
+            with self.subTest(name=name):
+                self.assertTrue(inspect.getdoc(getattr(cometlimit, name)))
+        for name, base in tree.items():
+            self.assertIn(getattr(cometlimit, base), getattr(cometlimit, name).__bases__)
+        self.assertTrue(issubclass(cometlimit.ConfigurationError, ValueError))
+        self.assertRegex(cometlimit.__version__, r"^\d+\.\d+\.\d+$")
+
+    def test_have_the_defaults_of_the_design(self):
+        """Signatures and fields are exactly those of the design."""
+        client, empty = cometlimit.Client, inspect.Parameter.empty
+        self.assertEqual(parameters(client), dict(
+            api_key=None, base_url=None, model=None, max_concurrency=5, max_retries=4,
+            max_delay=30.0, timeout=600.0, deadline=None, ca_file=None, on_record=None))
+        self.assertTrue(all(value.kind is value.KEYWORD_ONLY for value in
+                            inspect.signature(client).parameters.values()))
+        for method in (client.ask, client.complete, client.submit):
+            self.assertEqual(parameters(method), dict(prompt=empty, params=empty))
+        self.assertEqual(parameters(client.map), dict(
+            prompts=empty, return_exceptions=False, params=empty))
+        self.assertEqual(parameters(cometlimit.ask_all), dict(prompts=empty, client_options=empty))
+        back = parameters(cometlimit.backoff)
+        self.assertTrue(callable(back.pop("random")))
+        self.assertEqual(back, dict(attempt=empty, retry_after=None, max_delay=30.0))
+        self.assertEqual(list(parameters(cometlimit.Throttle)), ["max_delay", "random"])
+        self.assertEqual(" ".join(cometlimit.Completion._fields), "text model finish_reason usage"
+                         " request_id attempts latency body")
+        self.assertEqual(" ".join(cometlimit.Record._fields), "time route model status latency"
+                         " attempt waited request_id error prompt_tokens completion_tokens")
+
+    def test_cost_nothing_to_import(self):
+        """Importing opens nothing, starts nothing and reads no environment."""
+        self.python("import os, random, ssl, urllib.request, http.client, email.utils, threading,"
+                    " socket, concurrent.futures, logging, builtins\n"
+                    "os.environ = socket.socket = None\nimport cometlimit\n"
+                    "assert threading.active_count() == 1")
+
+    def python(self, source):
+        subprocess.run([sys.executable, "-c", source], check=True, timeout=TIMEOUT,
+                       cwd=os.path.dirname(os.path.abspath(cometlimit.__file__)))
+
+
+class Values(Case):
+    """Completions, Records, Metrics and Errors travel between processes."""
+
+    def test_survive_pickle_and_copy(self):
+        """Every value and every error comes back equal, its details included."""
+        script = {cometlimit.RateLimitError: failure("busy", 429),
+                  cometlimit.APIStatusError: failure("bad", 400),
+                  cometlimit.APIResponseError: failure("bad", 200),
+                  cometlimit.APIConnectionError: hang_up(),
+                  cometlimit.APITimeoutError: stall()}
+        values = [self.outcome(line, max_retries=0, timeout=0.1) for line in script.values()]
+        self.assertEqual([type(value) for value in values], list(script))
+        values += [cometlimit.Error("e", attempts=2), cometlimit.ConfigurationError("c")]
+        with Server(reply("yes")) as server, self.client(server) as client:
+            done = client.complete("Hi")
+            metrics = client.metrics
+        values += [done, values[0].records[0], metrics]
+        for value in values:
+            for again in [pickle.loads(pickle.dumps(value, protocol)) for protocol in range(5)] + [
+                    copy.copy(value), copy.deepcopy(value)]:
+                with self.subTest(value=value):
+                    self.assertIs(type(again), type(value))
+                    if isinstance(value, cometlimit.Error):
+                        self.assertEqual((str(again), vars(again)), (str(value), vars(value)))
+                    elif value is metrics:
+                        self.assertEqual({key: vars(stats) for key, stats in again.items()},
+                                         {key: vars(stats) for key, stats in value.items()})
+                    else:
+                        self.assertEqual(again, value)
+
+    def test_do_not_include_the_client(self):
+        """A Client refuses to be pickled and says what to do."""
+        with Server() as server, self.client(server) as client:
+            with self.assertRaisesRegex(TypeError, "make one in each process"):
+                pickle.dumps(client)
+
+
+class OneQuestion(Case):
+    """ask, complete and submit."""
+
+    def test_is_posted_as_a_chat_completion(self):
+        """The request is a POST of JSON with the key as a bearer and a User-Agent of its own."""
+        with Server(reply("yes")) as server, self.client(server) as client:
+            self.assertEqual(client.ask("Hi", temperature=0, stop=["é"], model="n"), "yes")
+        request = server.requests[0]
+        self.assertEqual((request.method, request.path), ("POST", "/v1/chat/completions"))
+        self.assertEqual(request.body, {"model": "n", "temperature": 0, "stop": ["é"],
+                                        "messages": [{"role": "user", "content": "Hi"}]})
+        expected = {"authorization": "Bearer " + KEY, "content-type": "application/json",
+                    "host": "127.0.0.1:%d" % server.port,
+                    "user-agent": "cometlimit/" + cometlimit.__version__}
+        self.assertEqual({name: request.headers[name] for name in expected}, expected)
+
+    def test_may_be_a_conversation(self):
+        """A list of messages goes out as it is."""
+        talk = [{"role": "system", "content": "Be brief."},
+                {"role": "user", "content": [{"type": "text", "text": "Hi"}]}]
+        with Server(reply("yes")) as server, self.client(server) as client:
+            client.ask(talk)
+        self.assertEqual(server.requests[0].body["messages"], talk)
+
+    def test_is_answered_by_a_completion(self):
+        """A Completion holds what the answer said, and what it took."""
+        def slow(request):
+            self.now += 2.5
+            return reply("yes", {"x-cometapi-request-id": "r1"}, id="c1")
+        done = self.outcome(status(503), slow)
+        self.assertEqual(done[:-1], ("yes", "m-2024", "stop", {
+            "prompt_tokens": 2, "completion_tokens": 3}, "r1", 2, 2.5))
+        self.assertEqual(done.body["id"], "c1")
+
+    def test_has_an_empty_text_where_the_model_calls_a_tool(self):
+        """Content that is null, missing or in parts is no failure."""
+        for message, text in (({"content": None, "tool_calls": [{}]}, ""), ({}, ""),
+                              ({"content": [{"type": "text", "text": "a"}, {"text": "b"}]}, "ab")):
+            with self.subTest(message=message):
+                done = self.outcome(reply("", choices=[{"message": message,
+                                                        "finish_reason": "length"}]))
+                self.assertEqual((done.text, done.finish_reason), (text, "length"))
+
+    def test_takes_key_and_address_from_the_environment(self):
+        """White space and a byte order mark around them do not matter."""
+        with Server(reply("yes"), reply("a"), reply("b")) as server:
+            os.environ["COMETAPI_KEY"] = "\ufeff %s\r\n" % KEY
+            os.environ["COMETAPI_BASE_URL"] = " %s/ \n" % server.url
+            with cometlimit.Client(model="m") as client:
+                self.assertEqual(client.ask("Hi"), "yes")
+            self.assertEqual(sorted(cometlimit.ask_all(["1", "2"], model="m")), ["a", "b"])
+            self.assertEqual(server.requests[0].headers["authorization"], "Bearer " + KEY)
+        del os.environ["COMETAPI_BASE_URL"]
+        self.assertEqual(repr(cometlimit.Client(model="m")), "<cometlimit.Client "
+                         "https://api.cometapi.com/v1/chat/completions model='m'>")
+
+    def test_keeps_the_connection(self):
+        """One worker needs one connection, after failures too."""
+        with Server(reply("a"), status(503, "busy"), reply("b"), reply("c")) as server:
+            with self.client(server) as client:
+                self.assertEqual([client.ask("Hi") for _ in range(3)], ["a", "b", "c"])
+            self.assertEqual(server.connections, 1)
+
+    def test_does_without_a_kept_connection(self):
+        """A server that closes, announced or not, costs no attempt."""
+        close = {"Connection": "close"}
+        for line in (close_idle(reply("a", close)), close_idle(reply("a")),
+                     raw(b'HTTP/1.0 200 OK\r\n\r\n{"choices": [{"message": {"content": "a"}}]}')):
+            with self.subTest(), Server(line, reply("b")) as server:
+                with self.client(server, max_retries=0) as client:
+                    self.assertEqual([client.ask("Hi"), client.ask("Hi")], ["a", "b"])
+                self.assertEqual(server.connections, 2)
+
+    def test_is_sent_again_on_a_kept_connection_that_died(self):
+        """Once, as the same attempt; a second hang-up counts."""
+        with Server(reply("a"), hang_up(), reply("b")) as server, self.client(server) as client:
+            client.ask("Hi")
+            self.assertEqual(client.complete("Hi").attempts, 1)
+        with Server(reply("a"), reset(), hang_up()) as server:
+            with self.client(server, max_retries=0) as client:
+                client.ask("Hi")
+                with self.assertRaises(cometlimit.APIConnectionError) as caught:
+                    client.ask("Hi")
+        self.assertEqual(caught.exception.attempts, 1)
+
+    def test_may_be_awaited(self):
+        """submit's Future is one for asyncio.wrap_future."""
+        loop = asyncio.new_event_loop()
+        try:
+            with Server(reply("yes")) as server, self.client(server) as client:
+                future = client.submit("Hi")
+                self.assertIsInstance(future, concurrent.futures.Future)
+                done = loop.run_until_complete(asyncio.wrap_future(future, loop=loop))
+        finally:
+            loop.close()
+        self.assertEqual(done.text, "yes")
+
+    def test_can_be_cancelled_until_it_is_sent(self):
+        """A cancelled prompt is not sent, and nobody waits for it in vain."""
+        gate = threading.Event()
+
+        def first(request):
+            gate.wait(TIMEOUT)
+            return reply("a")
+        with Server(first, reply("b")) as server:
+            with self.client(server) as client:
+                calls = [client.submit(prompt) for prompt in "abc"]
+                server.await_requests(1)
+                self.assertEqual([calls[0].cancel(), calls[1].cancel()], [False, True])
+                gate.set()
+            self.assertEqual([calls[0].result().text, calls[2].result().text], ["a", "b"])
+
+
+class ManyQuestions(Case):
+    """map and ask_all."""
+
+    def test_are_answered_in_order(self):
+        """Whatever fails or overtakes, the answers come in the prompts' order."""
+        failed = set()
+
+        def line(request):
+            number = int(request.prompt)
+            if number % 3 == 0 and number not in failed:
+                failed.add(number)
+                return status((429, 503)[number % 2], headers={"Retry-After": "1"})
+            return reply_echo(request)
+        prompts = [str(number) for number in range(60)]
+        with Server(forever=line) as server, self.client(server, max_concurrency=4) as client:
+            self.assertEqual([done.text for done in client.map(prompts)], prompts)
+        self.assertEqual(len(server.requests), 80)
+        with Server(forever=line) as server:
+            self.assertEqual(cometlimit.ask_all(prompts, api_key=KEY, base_url=server.url,
+                                                model="m"), prompts)
+
+    def test_are_never_more_than_max_concurrency_at_once(self):
+        """The server never sees one more in flight, retries included."""
+        for bound in (1, 3):
+            gate, failed = threading.Barrier(bound), set()
+
+            def line(request):
+                if gate is not None and len(server.requests) <= bound:
+                    gate.wait(TIMEOUT)   # all of them are here
+                    time.sleep(0.05)     # room for one too many
+                if request.prompt in failed:
+                    return reply_echo(request)
+                failed.add(request.prompt)
+                return status(429) if int(request.prompt) % 2 else cut_short()
+            with self.subTest(bound=bound), Server(forever=line) as server:
+                with self.client(server, max_concurrency=bound) as client:
+                    done = list(client.map(str(number) for number in range(12)))
+                self.assertEqual([call.attempts for call in done], [2] * 12)
+                self.assertEqual(server.peak, bound)
+
+    def test_may_be_endless(self):
+        """Of an endless source only 8 x max_concurrency prompts are taken ahead."""
+        taken = []
+        source = (taken.append(number) or str(number) for number in itertools.count())
+        with Server(forever=reply_echo) as server:
+            with self.client(server, max_concurrency=2) as client:
+                answers = client.map(source)
+                self.assertEqual(taken, [])
+                for number in range(50):
+                    self.assertEqual(next(answers).text, str(number))
+                    self.assertLessEqual(len(taken), number + 1 + 16)
+                answers.close()
+
+    def test_yield_an_answer_before_they_take_another_prompt(self):
+        """An answer whose turn it is does not wait for the source."""
+        def source():
+            yield "0"
+            yield "1"
+            server.await_requests(2)  # so the first answer is there
+            yield "2"
+            early.append("3")
+        early = []
+        with Server(forever=reply_echo) as server, self.client(server) as client:
+            answers = client.map(source())
+            self.assertEqual(next(answers).text, "0")
+            self.assertEqual(early, [])
+            answers.close()
+
+    def test_stop_when_their_loop_is_left(self):
+        """Nothing more is sent, what is in flight is hung up on, and the client lives on."""
+        gone = [threading.Event(), threading.Event()]
+        lines = {"0": reply_echo, "1": lambda _: stall(gone[0]), "2": lambda _: stall(gone[1]),
+                 "after": reply_echo}
+        with Server(forever=lambda request: lines[request.prompt](request)) as server:
+            with self.client(server, max_concurrency=2) as client:
+                for done in client.map(str(number) for number in itertools.count()):
+                    server.await_requests(3)
+                    break
+                for event in gone:
+                    self.assertTrue(event.wait(TIMEOUT))
+                self.assertEqual(client.ask("after"), "after")
+            self.assertEqual(sorted(request.prompt for request in server.requests),
+                             ["0", "1", "2", "after"])
+
+    def test_raise_a_failure_in_its_turn(self):
+        """The answers before it come; with return_exceptions it is a value among them."""
+        def line(request):
+            return status(400) if request.prompt == "2" else reply_echo(request)
+        for values in (False, True):
+            with self.subTest(return_exceptions=values), Server(forever=line) as server:
+                with self.client(server, max_concurrency=3) as client:
+                    got = []
+                    with contextlib.suppress(cometlimit.APIStatusError):
+                        for done in client.map(list("0123"), return_exceptions=values):
+                            got.append(getattr(done, "text", type(done)))
+            self.assertEqual(got, ["0", "1"] + [cometlimit.APIStatusError, "3"] * values)
+
+    def test_survive_a_bad_prompt_among_them(self):
+        """A prompt that cannot work fails in its turn, and the others are answered."""
+        with Server(forever=reply_echo) as server, self.client(server) as client:
+            got = list(client.map(["0", 1, "2", [], "4"], return_exceptions=True))
+        self.assertEqual([getattr(done, "text", type(done)) for done in got], [
+            "0", cometlimit.ConfigurationError, "2", cometlimit.ConfigurationError, "4"])
+
+    def test_survive_a_source_that_raises(self):
+        """The answers before it come, then the source's own exception, never as a value."""
+        def source():
+            yield "0"
+            yield "1"
+            raise KeyError("disk")
+        for values in (False, True):
+            with self.subTest(return_exceptions=values), Server(forever=reply_echo) as server:
+                with self.client(server) as client:
+                    with self.assertRaises(cometlimit.ConfigurationError):
+                        list(client.map([5]))
+                    got = []
+                    with self.assertRaisesRegex(KeyError, "disk"):
+                        for done in client.map(source(), return_exceptions=values):
+                            got.append(done.text)
+                self.assertEqual(got, ["0", "1"])
+
+    def test_take_constant_memory(self):
+        """What has been yielded is forgotten."""
+        line, count = reply("x" * 50000), 300
+        with Server(forever=lambda _: line) as server, self.client(server) as client:
+            answers = client.map(map(str, itertools.count()))
+            next(answers)
+            gc.collect()
+            tracemalloc.start()
+            try:
+                for _ in range(count):
+                    next(answers)
+                peak = tracemalloc.get_traced_memory()[1]
+            finally:
+                tracemalloc.stop()
+                answers.close()
+        self.assertLess(peak, 50000 * count / 4)
+
+    def test_may_come_from_many_threads(self):
+        """A client is shared by threads, and a callback may submit."""
+        texts, lock = [], threading.Lock()
+
+        def note(call):
+            with lock:
+                texts.append(call.result().text)
+
+        def again(call):
+            note(call)
+            client.submit(call.result().text + "'").add_done_callback(note)
+        with Server(forever=reply_echo) as server:
+            with self.client(server, max_concurrency=3) as client:
+                threads = [threading.Thread(target=lambda name=name: [
+                    client.submit(name + str(number)).add_done_callback(again)
+                    for number in range(5)]) for name in "abcdef"]
+                for thread in threads:
+                    thread.start()
+                for thread in threads:
+                    thread.join(TIMEOUT)
+        expected = [name + str(number) for name in "abcdef" for number in range(5)]
+        self.assertEqual(sorted(texts), sorted(expected + [text + "'" for text in expected]))
+        self.assertLessEqual(server.peak, 3)
+
+
+class AFailure(Case):
+    """Which answers are tried again, by status and by body."""
+
+    def check(self, again, line, **options):
+        done = self.outcome(line, *[reply("yes")] * again, **options)
+        self.assertEqual((getattr(done, "text", None), done.attempts),
+                         ("yes", 2) if again else (None, 1), repr(done))
+        if not again:
+            self.assertFalse(done.retryable)
+        return done
+
+    def test_is_judged_by_its_status(self):
+        """Each status of the table is tried again, no other one is."""
+        for code in sorted(RETRIED) + list(GIVEN_UP):
+            with self.subTest(code=code):
+                self.check(code in RETRIED, status(code, headers={"Location": "/v1/other"}))
+
+    def test_is_permanent_by_its_body_whatever_its_status(self):
+        """A permanent code or type, in any case of letters, ends it at once."""
+        statuses = itertools.cycle((200, 429, 500, 503))
+        for word in sorted(set(PERMANENT) | cometlimit.PERMANENT):
+            for words in ({"code": word}, {"code": "", "type": word}, {"code": word.upper()}):
+                with self.subTest(**words):
+                    self.check(False, failure(number=next(statuses), **dict({"code": ""}, **words)))
+
+    def test_is_judged_as_the_gateway_means_it(self):
+        """The rows of the gateway's own table."""
+        for number, code, again in (
+                (401, "", False), (403, "insufficient_user_quota", False), (403, "", False),
+                (403, "pre_consume_token_quota_failed", False), (400, "", False),
+                (500, "invalid_request", False), (500, "sensitive_words_detected", False),
+                (413, "read_request_body_failed", False), (503, "model_not_found", False),
+                (500, "get_channel_failed", True), (500, "do_request_failed", True),
+                (500, "rate_limit_check_failed", True), (500, "new_api_panic", True),
+                (404, "invalid_request_error", False), (501, "api_not_implemented", False),
+                (429, "upstream_error", True), (429, None, True), (429, 1302, True),
+                (503, "", True), (529, "overloaded_error", True)):
+            with self.subTest(number=number, code=code):
+                self.check(again, failure(code, number))
+        for param, again in (("429", True), ("503", True), ("400", False), ("", True)):
+            with self.subTest(param=param):
+                self.check(again, failure("bad_response_status_code", 500, param=param))
+
+    def test_is_judged_as_the_server_says(self):
+        """x-should-retry decides, if it is exactly true or false."""
+        for code, said, again in ((400, "true", True), (400, "True", False), (400, "1", False),
+                                  (429, "false", False), (503, "false", False),
+                                  (503, "False", True), (429, "true", True)):
+            with self.subTest(code=code, said=said):
+                self.check(again, status(code, headers={"x-should-retry": said}))
+
+    def test_may_hide_in_a_200(self):
+        """A 2xx without a completion is a failure; it may pass where it is no answer at all."""
+        choices = [{"message": {"content": "no"}}]
+        for body, again in (
+                ("", True), ("<html>hi</html>", True), ('{"choices": [', True), ("\xff", True),
+                ('{"choices": [{"message": {"content": "no"}}], "x": NaN}', True),
+                ({"error": {"code": 429}}, True), ({"error": {"code": "503"}}, True),
+                ({"error": {"code": 400}}, False), ({"error": {"code": 401}}, False),
+                ({"error": {"message": "busy"}, "choices": choices}, True),
+                ({"error": "busy"}, True), ({"error": {"code": "insufficient_quota"}}, False),
+                ({"error": {"type": "invalid_request_error"}}, False),
+                ({"choices": []}, False), ({"choices": None}, False), ({}, False), ([], False),
+                ({"choices": [{}]}, False)):
+            with self.subTest(body=body):
+                error = self.check(again, status(200, body))
+                self.assertTrue(again or type(error) is cometlimit.APIResponseError)
+
+    def test_of_the_connection_may_pass(self):
+        """A hang-up, a reset, a cut-off body: tried again, and told apart from an answer."""
+        for line in (hang_up(), reset(), cut_short(), raw(b"HTTP/1.1 200 OK\r\nConte"),
+                     raw(b"nonsense\r\n\r\n"), cut_short(503)):
+            with self.subTest():
+                self.check(True, line)
+        with Server() as server:
+            pass
+        with self.assertRaises(cometlimit.APIConnectionError) as caught:
+            self.client(server, max_retries=2).ask("Hi")
+        self.assertEqual(caught.exception.attempts, 3)
+
+    def test_ends_after_max_retries(self):
+        """attempts = max_retries + 1, 5 by default, with a Record of each."""
+        for options, attempts in (({}, 5), ({"max_retries": 0}, 1), ({"max_retries": 2}, 3)):
+            with self.subTest(**options):
+                error = self.outcome(*[status(503)] * attempts, **options)
+                self.assertEqual((error.attempts, len(error.records)), (attempts, attempts))
+                self.assertEqual([record.attempt for record in error.records],
+                                 list(range(1, attempts + 1)))
+                self.assertTrue(error.retryable)
+
+    def test_says_what_happened(self):
+        """Each class has its text, with the server's words, and its details."""
+        said = {"message": "Slow down (request id: a) (request id: b)", "type": "requests",
+                "param": "p", "code": "rate_limit_exceeded"}
+        error = self.outcome(status(429, {"error": said}, {"Retry-After": "7"}), max_retries=0)
+        self.assert_error(error, cometlimit.RateLimitError,
+                          "HTTP 429 rate_limit_exceeded: " + said["message"], status_code=429,
+                          retry_after=7.0, request_id="b", body={"error": said}, attempts=1, **said)
+        error = self.outcome(status(401, {"error": {"message": "No", "code": 7}},
+                                    {"x-request-id": "q", "x-oneapi-request-id": "r"}))
+        self.assert_error(error, cometlimit.APIStatusError, "HTTP 401 7: No", status_code=401,
+                          code="7", message="No", type=None, param=None, request_id="q")
+        for line, kind, text in (
+                (status(500), cometlimit.APIStatusError, "HTTP 500: an empty body"),
+                (status(502, "<h1>Bad\n gateway</h1>"), cometlimit.APIStatusError,
+                 "HTTP 502: <h1>Bad gateway</h1>"),
+                (status(302, headers={"Location": "http://127.0.0.1:1/"}),
+                 cometlimit.APIStatusError,
+                 "HTTP 302: a redirect, which is not followed: check the base URL"),
+                (status(200, "<html>"), cometlimit.APIResponseError, "HTTP 200: <html>"),
+                (hang_up(), cometlimit.APIConnectionError, "no whole answer. RemoteDisconnected: "
+                 "Remote end closed connection without response"),
+                (stall(), cometlimit.APITimeoutError, "no answer in time")):
+            with self.subTest(text=text):
+                self.assert_error(self.outcome(line, max_retries=0, timeout=0.1), kind, text,
+                                  retry_after=None, attempts=1)
+
+
+class AWait(Case):
+    """How long until the next attempt."""
+
+    def test_doubles_from_a_second(self):
+        """By chance 25 % less or more, and never over max_delay."""
+        table = {0.0: (0.75, 1.5, 3.0, 6.0, 12.0, 18.0, 18.0),
+                 0.5: (1.0, 2.0, 4.0, 8.0, 16.0, 24.0, 24.0),
+                 1.0: (1.25, 2.5, 5.0, 10.0, 20.0, 30.0, 30.0)}
+        for chance, waits in table.items():
+            for attempt, wait in zip((1, 2, 3, 4, 5, 6, 1104), waits):
+                with self.subTest(chance=chance, attempt=attempt):
+                    self.assertEqual(cometlimit.backoff(attempt, random=lambda: chance), wait)
+        for hint, low, high in ((20, 20.0, 20.5), (0.2, 0.75, 1.25), (29.9, 29.9, 30.0),
+                                (60, 30.0, 30.0), (float("inf"), 30.0, 30.0)):
+            with self.subTest(hint=hint):
+                self.assertEqual(cometlimit.backoff(1, hint, 30.0, lambda: 0.0), low)
+                self.assertEqual(cometlimit.backoff(1, hint, 30.0, lambda: 1.0), high)
+        for most in (0.001, 1, 2.5, 1000):
+            for attempt, hint in itertools.product((1, 3, 9, 99), (None, 0.5, 5, 1e9)):
+                self.assertLessEqual(cometlimit.backoff(attempt, hint, most, lambda: 1.0), most)
+
+    def test_is_kept_by_the_client(self):
+        """One prompt waits exactly its backoff, cut at max_delay."""
+        for options, waits in (({}, [1.0, 2.0, 4.0, 8.0]), ({"max_delay": 2}, [1.0, 1.6, 1.6, 1.6]),
+                               ({"max_retries": 1}, [1.0])):
+            with self.subTest(**options):
+                error = self.outcome(*[hang_up()] * (len(waits) + 1), **options)
+                self.assertEqual(error.attempts, len(waits) + 1)
+                self.assertEqual([round(wait, 6) for wait in self.waits], waits)
+
+    def hints(self, table, start, **options):
+        """For each row (headers, asked, wait): what an answer with them asks for, and gets. A
+        clock that is wrong by an hour changes nothing where the answer tells its Date."""
+        for headers, asked, wait in table:
+            if isinstance(headers, (str, bytes)):
+                headers = [("Retry-After", headers)]
+            for code, skew in ((429, None), (503, 0.0), (500, 3600.0), (429, -3600.0)):
+                date = [] if skew is None else [("Date", cometlimit.email.utils.formatdate(
+                    start, usegmt=True))]
+                self.wall = start + (skew or 0.0)
+                with self.subTest(headers=headers, code=code, skew=skew):
+                    error = self.outcome(*[status(code, headers=headers + date)] * 2,
+                                         **dict({"max_retries": 1}, **options))
+                    self.assertEqual((error.retry_after, [round(w, 6) for w in self.waits]),
+                                     (asked, [wait]))
+
+    def test_obeys_retry_after_as_openai_does(self):
+        """The rows of its test; beyond max_delay the wait is cut, not refused."""
+        day = "Fri, 29 Sep 2023 "
+        self.hints((("20", 20.0, 20.25), ("0", None, 1.0), ("-10", None, 1.0), ("60", 60.0, 30.0),
+                    ("61", 61.0, 30.0), ("120", 120.0, 30.0), ("121", 121.0, 30.0),
+                    (day + "16:26:57 GMT", 20.0, 20.25), (day + "16:26:37 GMT", None, 1.0),
+                    (day + "16:26:27 GMT", None, 1.0), (day + "16:27:37 GMT", 60.0, 30.0),
+                    (day + "16:27:38 GMT", 61.0, 30.0), (day + "16:28:37 GMT", 120.0, 30.0),
+                    (day + "16:28:38 GMT", 121.0, 30.0), ("9" * 35, float("9" * 35), 30.0),
+                    ("inf", None, 1.0), ("nan", None, 1.0),
+                    ("Zun, 29 Sep 2023 16:26:27 GMT", None, 1.0),
+                    ("Fri, 29 Sep 100000 16:26:57 GMT", None, 1.0), ("", None, 1.0),
+                    ([("retry-after-ms", "120000")], 120.0, 30.0),
+                    ([("retry-after-ms", "120001")], 120.001, 30.0)), self.START)
+        error = self.outcome(*[status(429, headers={"Retry-After": ""})] * 4, max_retries=3)
+        self.assertEqual((error.attempts, self.waits[0]), (4, 1.0))
+        error = self.outcome(status(400, headers={
+            "Retry-After": "Fri, 29 Sep 100000 16:26:57 GMT"}))
+        self.assertEqual((error.status_code, error.attempts), (400, 1))
+
+    def test_obeys_retry_after_as_urllib3_does(self):
+        """The rows of its tests, in whatever time zone."""
+        start, zone = 1559559600.0, os.environ.get("TZ")  # Mon, 3 Jun 2019 11:00:00 UTC
+        self.hints((("0", None, 1.0), ("1000", 1000.0, 30.0), ("\t42 ", 42.0, 30.0),
+                    ("-1", None, 1.0), ("+1", None, 1.0), ("1.0", 1.0, 1.25), ("\xb2", None, 1.0),
+                    ("21600", 21600.0, 30.0), ("21601", 21601.0, 30.0)), start)
+        self.hints((("1", 1.0, 1.0), ("2", 2.0, 1.0)), start, max_delay=1)
+        try:
+            for name in ("UTC0", "IST-2", "EST+5", zone):
+                os.environ.pop("TZ", None)
+                os.environ.update({"TZ": name} if name else {})
+                time.tzset()
+                with self.subTest(zone=name):
+                    self.hints((("3600", 3600.0, 30.0),
+                                ("Mon, 3 Jun 2019 12:00:00 UTC", 3600.0, 30.0),
+                                ("Mon, 3 Jun 2019 11:00:00 UTC", None, 1.0),
+                                ("Mon, 03 Jun 2019 11:30:12 GMT", 1812.0, 30.0),
+                                ("Monday, 03-Jun-19 11:30:12 GMT", 1812.0, 30.0),
+                                ("Mon Jun  3 11:30:12 2019", 1812.0, 30.0),
+                                ("Mon Jun  3 11:00:10 2019", 10.0, 10.25)), start)
+        finally:
+            os.environ.pop("TZ", None)
+            os.environ.update({"TZ": zone} if zone else {})
+            time.tzset()
+
+    def test_obeys_retry_after_in_all_forms(self):
+        """The list that four clients were measured by."""
+        def ms(value, seconds=None):
+            return [("retry-after-ms", value)] + [("Retry-After", seconds)] * (seconds is not None)
+        self.hints((("0", None, 1.0), ("1", 1.0, 1.25), ("30", 30.0, 30.0), ("1.5", 1.5, 1.75),
+                    ("-10", None, 1.0), ("+5", None, 1.0), (" 7 ", 7.0, 7.25), ("31", 31.0, 30.0),
+                    ("60", 60.0, 30.0), ("61", 61.0, 30.0), ("120", 120.0, 30.0),
+                    ("121", 121.0, 30.0), ("3600", 3600.0, 30.0), ("86400", 86400.0, 30.0),
+                    ("9" * 35, float("9" * 35), 30.0), ("9" * 400, float("inf"), 30.0),
+                    ("1e400", None, 1.0), ("inf", None, 1.0), ("nan", None, 1.0),
+                    ("1e1", None, 1.0), ("1_0", None, 1.0), ("", None, 1.0), ("abc", None, 1.0),
+                    ("5, 5", None, 1.0), ("Fri, 29 Sep 2023 16:26:57 GMT", 20.0, 20.25),
+                    ("Friday, 29-Sep-23 16:26:57 GMT", 20.0, 20.25),
+                    ("Fri Sep 29 16:26:57 2023", 20.0, 20.25),
+                    ("Zun, 29 Sep 2023 16:26:57 GMT", 20.0, 20.25),
+                    ("Fri, 29 Sep 2023 16:26:57 -0000", 20.0, 20.25),
+                    ("Fri, 29 Sep 2022 16:26:57 GMT", None, 1.0),
+                    ("Fri, 29 Sep 100000 16:26:57 GMT", None, 1.0),
+                    ("2023-09-29T16:26:57Z", None, 1.0), ("1m0s", None, 1.0),
+                    ([("Retry-After", "1"), ("Retry-After", "5")], 5.0, 5.25),
+                    ([("Retry-After", "x"), ("Retry-After", "5")], 5.0, 5.25),
+                    (ms("500"), 0.5, 1.0), (ms("5500"), 5.5, 5.75), (ms("500", "9"), 0.5, 1.0),
+                    (ms("abc", "9"), 9.0, 9.25), (ms("-5", "9"), 9.0, 9.25),
+                    (ms("nan", "9"), 9.0, 9.25), (ms("0", "9"), 9.0, 9.25)), self.START)
+        for said, waits in (("9", [9.25]), ("true", [1.0])):
+            done = self.outcome(status(400, headers={"Retry-After": "9", "x-should-retry": said}),
+                                *[reply("yes")] * (said == "true"))
+            self.assertEqual(done.attempts, 1 + (said == "true"))
+
+
+class ALimit(Case):
+    """A refusal holds everybody of its model back."""
+
+    def test_holds_its_model_back_and_no_other(self):
+        """After a 429 nothing for that model leaves before Retry-After; others are not delayed."""
+        gate = threading.Event()
+
+        def refuse(request):
+            gate.wait(TIMEOUT)
+            return status(429, headers={"Retry-After": "20"})
+        with Server(refuse, forever=reply_echo) as server:
+            with self.client(server) as client:
+                calls = [client.submit(name + str(number), model=name)
+                         for number in range(3) for name in "ab"]
+                gate.set()
+                self.assertEqual([call.result(TIMEOUT).text for call in calls],
+                                 ["a0", "b0", "a1", "b1", "a2", "b2"])
+        requests = list(server.requests)
+        self.assertEqual([request.prompt for request in requests[:4]], ["a0", "b0", "b1", "b2"])
+        self.assertLess(requests[3].time, 1001.0)
+        for request in requests[4:]:
+            self.assertGreaterEqual(request.time, 1020.0)
+
+    def test_is_told_to_the_logger(self):
+        """What is tried again, and when the limit was met, is logged as information."""
+        with self.assertLogs("cometlimit", "INFO") as logs:
+            self.outcome(failure("busy", 429), reply("yes"))
+        text = "\n".join(logs.output)
+        self.assertRegex(text, "model m: limit met")
+        self.assertIn("model m: attempt 1 of 5: HTTP 429 busy: why; next in 1.0 s", text)
+
+
+class ARecord(Case):
+    """Every HTTP attempt leaves one."""
+
+    def test_tells_everything_of_its_attempt(self):
+        """It goes to on_record, to the logger and to the error, field by field."""
+        def slow(line):
+            def step(request):
+                self.now += 0.5
+                return line
+            return step
+        records = []
+        with self.assertLogs("cometlimit", "DEBUG") as logs:
+            self.outcome(slow(failure("busy", 429, message="x (request id: r7)")),
+                         slow(cut_short()), slow(status(503)),
+                         slow(reply("yes", {"x-request-id": "r8"})),
+                         on_record=records.append)
+        rest = (self.START, "/v1/chat/completions", "m")
+        self.assertEqual([tuple(record) for record in records], [
+            rest + (429, 0.5, 1, 0.0, "r7", "busy", 0, 0),
+            rest + (None, 0.5, 2, 1.0, None, "connection_error", 0, 0),
+            rest + (503, 0.5, 3, 2.0, None, "http_503", 0, 0),
+            rest + (200, 0.5, 4, 4.0, "r8", None, 2, 3)])
+        self.assertEqual([log.getMessage() for log in logs.records if log.levelname == "DEBUG"],
+                         [repr(record) for record in records])
+        for error in (self.outcome(stall(), timeout=0.1, max_retries=0),
+                      self.outcome(status(200, "x"), max_retries=0)):
+            self.assertEqual([record.error for record in error.records], [error.code])
+        self.assertEqual(error.code, "invalid_response")
+
+    def test_breaks_nothing_where_it_is_used_badly(self):
+        """Whatever on_record raises, sys.exit() included, the answer comes and it is logged."""
+        for bad in (sys.exit, lambda record: 1 / 0, lambda: None):
+            with self.subTest(), self.assertLogs("cometlimit", "ERROR") as logs:
+                self.assertEqual(self.outcome(status(503), reply("yes"), on_record=bad).text, "yes")
+            self.assertEqual([log.getMessage() for log in logs.records], ["on_record failed"] * 2)
+
+    def test_breaks_nothing_where_a_log_handler_raises(self):
+        """A logger that fails does not cost an answer."""
+        class Bad(logging.Handler):
+            def emit(self, record):
+                raise OSError("disk full")
+        handler, logger = Bad(), logging.getLogger("cometlimit")
+        logger.addHandler(handler)
+        self.addCleanup(logger.removeHandler, handler)
+        with Server(reply("yes")) as server:
+            client, hook = self.client(server), getattr(threading, "excepthook", None)
+            logger.setLevel("DEBUG")
+            threading.excepthook = lambda *_: None
+            try:
+                self.assertEqual(client.submit("Hi").result(1.0).text, "yes")
+            finally:
+                logger.setLevel("NOTSET")
+                threading.excepthook = hook
+
+
+class TheMetrics(Case):
+    """Client.metrics."""
+
+    def test_add_up(self):
+        """Requests, answers, statuses, retries, tokens and latencies by route and model."""
+        def after(seconds, line=reply("yes")):
+            def step(request):
+                self.now += seconds
+                return line
+            return step
+        with Server(after(1, status(503)), *[after(number) for number in range(1, 21)]) as server:
+            with self.client(server) as client:
+                empty = client.metrics
+                list(client.map(["Hi"] * 19))
+                before = client.metrics
+                client.ask("Hi", model="n")
+                metrics = client.metrics
+        key, other = ("/v1/chat/completions", "m"), ("/v1/chat/completions", "n")
+        self.assertEqual((dict(empty), list(before), list(metrics)), ({}, [key], [key, other]))
+        for total, times in ((metrics, 1), (metrics + empty, 1), (metrics + metrics, 2)):
+            stats = total[key]
+            self.assertEqual((stats.requests, stats.answers, stats.retries, stats.prompt_tokens,
+                              stats.completion_tokens), tuple(times * number for number in
+                                                              (20, 19, 1, 38, 57)))
+            self.assertEqual(dict(stats.statuses), {200: 19 * times, 503: times})
+            self.assertEqual(total[other].requests, times)
+            for share, value in ((0.5, 10), (0.95, 19), (1.0, 19)):
+                self.assertLess(abs(stats.latency(share) / value - 1), 0.03)
+        self.assertEqual((stats.pace, stats.window), (None, None))
+        self.assertEqual(dict((before + metrics)[key].statuses), {200: 38, 503: 2})
+
+    def test_count_what_had_no_answer(self):
+        """An attempt without an answer has the status None."""
+        with Server(hang_up(), reply("yes")) as server, self.client(server) as client:
+            client.ask("Hi")
+            (stats,) = client.metrics.values()
+        self.assertEqual(dict(stats.statuses), {None: 1, 200: 1})
+
+
+class ADeadline(Case):
+    """timeout is for an attempt, deadline for a prompt."""
+
+    def test_is_not_overrun_by_waits(self):
+        """A prompt is given up, with its last error, rather than tried again too late."""
+        error = self.outcome(status(503), status(503), deadline=2.9)
+        self.assertEqual((error.status_code, error.attempts, error.records[1].waited),
+                         (503, 2, 1.0))
+        error = self.outcome(status(429, headers={"Retry-After": "20"}), deadline=20)
+        self.assertEqual((error.retry_after, error.attempts), (20.0, 1))
+
+    def test_passes_in_the_line_too(self):
+        """What has not been sent by then fails at that moment."""
+        gate = threading.Event()
+
+        def refuse(request):
+            gate.wait(TIMEOUT)
+            return status(429, headers={"Retry-After": "20"})
+        with Server(refuse) as server, self.client(server, deadline=5.0) as client:
+            first, second = client.submit("a"), client.submit("b")
+            gate.set()
+            self.assertEqual(first.exception(TIMEOUT).attempts, 1)
+            self.assert_error(second.exception(TIMEOUT), cometlimit.APITimeoutError,
+                              "not sent before its deadline", attempts=0, records=())
+        self.assertEqual(self.now, 1005.0)
+
+    def test_ends_an_attempt(self):
+        """An attempt takes no longer than timeout, nor longer than what is left."""
+        error = self.outcome(stall(), stall(), timeout=0.1, max_retries=1)
+        self.assert_error(error, cometlimit.APITimeoutError, "no answer in time", attempts=2)
+        error = self.outcome(stall(), deadline=0.1)
+        self.assert_error(error, cometlimit.APITimeoutError, "no answer in time", attempts=1)
+
+    def test_is_not_stretched_by_a_server_that_drips(self):
+        """The timeout is hard, whichever part of the answer trickles."""
+        self.real_time()
+        parts = ["status", "headers", "body", "chunks"]
+        with Server(*[drip(part, 3.0) for part in parts]) as server:
+            with self.client(server, timeout=0.3, max_retries=0, max_concurrency=4) as client:
+                for error in client.map(parts, return_exceptions=True):
+                    self.assertIs(type(error), cometlimit.APITimeoutError)
+                    self.assertLess(error.records[0].latency, 1.5)
+
+
+class BadInput(Case):
+    """Is a ConfigurationError that says what was met, before anything is sent."""
+
+    def refused(self, text, job):
+        with self.assertRaises(cometlimit.ConfigurationError) as caught:
+            job()
+        self.assertEqual(str(caught.exception), text)
+        self.assertEqual((caught.exception.attempts, caught.exception.retryable), (0, False))
+        shown = "".join(traceback.format_exception(type(caught.exception), caught.exception,
+                                                   caught.exception.__traceback__))
+        self.assertNotIn(KEY, shown + repr(vars(caught.exception)))
+
+    def test_of_the_constructor(self):
+        """Numbers, callbacks and files are checked."""
+        whole = "%s is a whole number from %d, not %r"
+        span = "%s is a number of seconds above 0, not %r"
+        table = [(name, value, whole % (name, least, value)) for name, least, values in (
+            ("max_concurrency", 1, (0, -1, 2.5, True, "5", None)),
+            ("max_retries", 0, (-1, 1.0, False, "4", None))) for value in values]
+        table += [(name, value, span % (name, value)) for name in ("max_delay", "timeout",
+                                                                   "deadline")
+                  for value in (0, -1, "30", True, NAN, float("inf"), float("-inf"))]
+        table += [("timeout", None, span % ("timeout", None)), ("on_record", 5, "on_record is a "
+                                                                "function of a Record, not 5")]
+        for name, value, text in table:
+            with self.subTest(name=name, value=value):
+                self.refused(text, lambda: cometlimit.Client(**{"api_key": KEY, name: value}))
+        with self.assertRaisesRegex(cometlimit.ConfigurationError, "ca_file.*/no/file"):
+            cometlimit.Client(api_key=KEY, ca_file="/no/file")
+
+    def test_of_the_key(self):
+        """A missing key, or one with a character that no key has, is never shown."""
+        missing = "there is no API key: set COMETAPI_KEY, or pass api_key="
+        for key in (None, "", " \r\n\ufeff", b"sk", 5):
+            with self.subTest(key=key):
+                self.refused(missing, lambda: cometlimit.Client(api_key=key))
+        for sign in " \n\r\t\0\x7f\xa0\xe9\u2019\u200b\ufeff":
+            with self.subTest(sign=sign):
+                self.refused("the API key has a character that no key has (a space, a line break, "
+                             "a typographic quote): copy it again",
+                             lambda: cometlimit.Client(api_key=KEY + sign + KEY))
+
+    def test_of_the_address(self):
+        """Whatever is no https address, or http of this machine, is refused."""
+        with self.assertRaises(ValueError) as caught:
+            self.assertIsNone(cometlimit.urllib.parse.urlsplit("http://h:65536").port)
+        port = str(caught.exception)  # in the words of this Python
+        plain = "http:// would show the key on its way (https:// would not)"
+        for url, text in (
+                ("", "https:// is missing"), ("example.com/v1", "https:// is missing"),
+                ("ftp://example.com", "https:// is missing"),
+                ("file:///etc/passwd", "https:// is missing"),
+                ("https:///v1", "no host or no port"), ("https://h:0/v1", "no host or no port"),
+                ("https://h/v1?a=b", "a query or a fragment"), ("https://h/v1?",
+                                                                "a query or a fragment"),
+                ("https://h/v1#top", "a query or a fragment"), ("http://example.com/v1", plain),
+                ("http://127.0.0.1.example.com", plain), ("http://0.0.0.0", plain),
+                ("http://localhost.example.com", plain), ("https://h:65536/v1", port),
+                ("https://h/v 1", "a character that no URL has"),
+                ("https://h/v\xe9", "a character that no URL has")):
+            with self.subTest(url=url):
+                self.refused("the base URL %r cannot be used: %s" % (url, text),
+                             lambda: cometlimit.Client(api_key=KEY, base_url=url))
+        for user in ("user", KEY.replace("/", ""), "user:word"):
+            self.refused("the base URL 'https://***@h/v1' cannot be used: a user name (the key "
+                         "goes into COMETAPI_KEY)", lambda: cometlimit.Client(
+                             api_key=KEY, base_url="https://%s@h/v1" % user))
+        for url in ("https://h:x/v1", "https://[::1/v1", "https://%s.com" % ("a" * 64)):
+            with self.subTest(url=url), self.assertRaises(cometlimit.ConfigurationError):
+                cometlimit.Client(api_key=KEY, base_url=url)
+        for url in ("http://localhost:1/v1", "http://[::1]:1", "http://127.1.2.3/",
+                    "https://h:65535", "HTTPS://H/v1/", "https://h/v1/chat/completions/"):
+            with self.subTest(url=url):
+                self.assertRegex(repr(cometlimit.Client(api_key=KEY, base_url=url)),
+                                 "[^/]/chat/completions model=None>$")
+
+    def test_does_not_show_a_key_in_the_address(self):
+        """Wherever in the base URL the key was pasted, it is not shown."""
+        for url in ("https://h/v1?key=" + KEY, "https://h/v1#" + KEY, KEY, "https://u:%s@h" % KEY,
+                    "http://%s/v1" % KEY, "https://h:" + KEY):
+            with self.subTest(url=url):
+                try:
+                    cometlimit.Client(api_key=KEY, base_url=url)
+                except cometlimit.ConfigurationError:
+                    self.assertNotIn(KEY, traceback.format_exc())
+                else:
+                    self.fail("accepted")
+
+    def test_of_the_request(self):
+        """A prompt is text or messages, its parameters are JSON, and nothing is sent otherwise."""
+        loop = []
+        loop.append(loop)
+        prompt = "a prompt is a string or a list of messages (dicts), not %s"
+        model = 'no model is named: Client(model="your-model-id")'
+        with Server() as server, self.client(server) as client:
+            for bad, params, text in (
+                    (5, {}, prompt % "int"), (None, {}, prompt % "NoneType"),
+                    (b"Hi", {}, prompt % "bytes"), ({"role": "user"}, {}, prompt % "dict"),
+                    ("Hi", {"stream": True}, "stream cannot be used: answers come whole"),
+                    ("Hi", {"model": ""}, model), ("Hi", {"model": None}, model),
+                    ("Hi", {"model": 5}, model)):
+                with self.subTest(bad=bad, **params):
+                    self.refused(text, lambda: client.ask(bad, **params))
+            for bad in ([], ["Hi"], [{"role": "user"}, "Hi"]):
+                with self.subTest(bad=bad), self.assertRaises(cometlimit.ConfigurationError):
+                    client.ask(bad)
+            for value in (NAN, float("inf"), {1, 2}, b"x", object(), loop, {(1, 2): 3}):
+                with self.subTest(value=value), self.assertRaisesRegex(
+                        cometlimit.ConfigurationError, "the request cannot be made JSON: "):
+                    client.submit("Hi", temperature=value)
+            self.refused("prompts is a list of prompts; for a single one there is ask()",
+                         lambda: list(client.map("Hi")))
+            with self.assertRaises((cometlimit.ConfigurationError, TypeError)):
+                list(client.map(5))
+        self.assertEqual(server.requests, [])
+
+
+class TheKey(Case):
+    """Is shown nowhere."""
+
+    def test_is_not_shown_though_the_server_echoes_it(self):
+        """Not by repr, log, Record, Error, pickle or traceback, however it is escaped."""
+        escaped = (KEY, json.dumps(KEY)[1:-1], KEY.replace("/", "\\/"), KEY.replace(
+            "<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"),
+            "".join("\\u%04x" % ord(sign) for sign in KEY))
+        lines = [status(code, '{"error": {"%s": "the key %s is bad"}}' % (field, form))
+                 for form in escaped for field in ("message", "code", "type", "param")
+                 for code in (401, 200)]
+        lines += [status(401, '{"%s": "%s"}' % ("detail", form)) for form in escaped]
+        lines += [status(401, "<p>%s</p>" % KEY), status(401, "x" * 190 + KEY),
+                  raw(KEY.encode() + b"\r\n\r\n"), raw(b"HTTP/1.1 " + KEY.encode() + b"\r\n\r\n"),
+                  status(401, headers={"x-request-id": KEY}),
+                  status(401, {"error": {"message": "(request id: %s)" % KEY}})]
+        for line in lines:
+            records = []
+            with self.subTest(), self.assertLogs("cometlimit", "DEBUG") as logs:
+                with Server(line) as server:
+                    with self.client(server, max_retries=0, on_record=records.append) as client:
+                        try:
+                            client.ask("Hi")
+                        except cometlimit.Error as error:
+                            shown = [traceback.format_exc(), repr(error), repr(vars(error)),
+                                     repr(client), repr(records), repr(client.metrics),
+                                     repr(pickle.dumps(error)), repr(logs.output)]
+                self.assertEqual([text for text in shown if KEY in text], [])
+
+    def test_does_not_follow_a_redirect(self):
+        """No other host, and no other path, ever sees it."""
+        with Server() as other:
+            for code in (301, 302, 303, 307, 308):
+                url = "http://127.0.0.1:%d/v1" % other.port
+                error = self.outcome(status(code, headers={"Location": url}))
+                self.assertEqual((error.status_code, error.attempts), (code, 1))
+        self.assertEqual(other.connections, 0)
+
+
+class TheEnd(Case):
+    """Whatever waits can be woken, and nothing runs on."""
+
+    def test_of_a_with_block_waits_for_what_was_submitted(self):
+        """All is answered, and its callbacks have run."""
+        texts = []
+        with Server(*[status(503)] * 2, forever=reply_echo) as server:
+            with self.client(server, max_concurrency=2) as client:
+                for number in range(20):
+                    client.submit(str(number)).add_done_callback(
+                        lambda call: texts.append(call.result().text))
+            self.assertEqual(sorted(texts, key=int), [str(number) for number in range(20)])
+            self.assertEqual(len(server.requests), 22)
+
+    def test_of_a_with_block_does_not_wait_for_what_was_cancelled(self):
+        """A cancelled prompt that was still held back does not hold the block."""
+        self.real_time()
+        with Server(forever=reply_echo) as server:
+            client = self.client(server)
+            calls = [client.submit(str(number)) for number in range(8)]
+            calls[-1].cancel()
+            leaving = threading.Thread(target=client.__exit__, args=(None,) * 3, daemon=True)
+            leaving.start()
+            leaving.join(3.0)
+            self.assertFalse(leaving.is_alive(), "waits for ever")
+
+    def test_of_a_with_block_by_an_exception_is_immediate(self):
+        """What waits fails, what is in flight is hung up on."""
+        self.real_time()
+        gone = threading.Event()
+        with Server(stall(gone)) as server:
+            with self.assertRaises(ZeroDivisionError), self.client(server) as client:
+                calls = [client.submit("Hi") for _ in range(3)]
+                server.await_requests(1)
+                1 / 0
+            self.assertTrue(gone.wait(TIMEOUT))
+            for call in calls:
+                self.assert_error(call.exception(0), cometlimit.Error, GONE)
+
+    def test_wakes_whatever_waits(self):
+        """close() ends what is in flight, in backoff and in the line, in less than a second."""
+        self.real_time()
+        gone, seen = threading.Event(), threading.Event()
+        with Server(status(503), stall(gone)) as server:
+            client = self.client(server, on_record=lambda record: seen.set())
+            rests = client.submit("rests")
+            self.assertTrue(seen.wait(TIMEOUT))
+            flies, waits = client.submit("flies"), client.submit("waits")
+            server.await_requests(2)
+            start = time.monotonic()
+            client.close()
+            for call in (rests, flies, waits):
+                self.assert_error(call.exception(TIMEOUT), cometlimit.Error, GONE)
+            self.assertEqual([rests.exception().attempts, waits.exception().attempts], [1, 0])
+            self.assertLess(time.monotonic() - start, 1.0)
+            self.assertTrue(gone.wait(TIMEOUT))
+            with self.assertRaisesRegex(cometlimit.ConfigurationError,
+                                        "the client is closed: make a new one"):
+                client.ask("Hi")
+            client.close()
+        self.threads_end()
+
+    def test_comes_to_idle_threads(self):
+        """A client that is forgotten leaves no thread behind."""
+        self.real_time()
+        idle, cometlimit._IDLE = cometlimit._IDLE, 0.05
+        try:
+            with Server(forever=reply_echo) as server:
+                client = self.client(server, max_concurrency=3)
+                list(client.map(list("0123456")))
+                self.threads_end()
+                self.assertEqual(client.ask("again"), "again")
+        finally:
+            cometlimit._IDLE = idle
+
+    def test_by_ctrl_c_is_quick(self):
+        """The process is gone in less than a second, whatever it waits for."""
+        source = ("import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+                  "import cometlimit\n"
+                  "with cometlimit.Client(api_key=%r, base_url=%r, model='m') as client:\n    %s")
+        held = status(429, headers={"Retry-After": "30"})
+        for line, job in ((stall(), "client.ask('Hi')"), (held, "client.ask('Hi')"),
+                          (stall(), "list(client.map(map(str, range(100))))"),
+                          (stall(), "for _ in range(9): client.submit('Hi')")):
+            with self.subTest(job=job), Server(forever=line) as server:
+                process = subprocess.Popen(
+                    [sys.executable, "-c", source % (KEY, server.url, job)],
+                    cwd=os.path.dirname(os.path.abspath(cometlimit.__file__)),
+                    stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+                with process:
+                    try:
+                        server.await_requests(1)
+                        time.sleep(0.05)
+                        start = time.monotonic()
+                        process.send_signal(signal.SIGINT)
+                        text = process.communicate(timeout=TIMEOUT)[1].decode()
+                        took = time.monotonic() - start
+                    finally:
+                        process.kill()
+                self.assertIn("KeyboardInterrupt", text)
+                self.assertNotIn("Exception in thread", text)
+                self.assertLess(took, 1.0)
+
+    def test_of_a_callback_is_not_that_of_a_thread(self):
+        """A callback that raises, sys.exit() included, costs no other answer."""
+        with Server(forever=reply_echo) as server:
+            client, hook = self.client(server), getattr(threading, "excepthook", None)
+            threading.excepthook = lambda *_: None
+            gate = threading.Event()
+            try:
+                for fault in (ValueError, SystemExit):
+                    def bad(call):
+                        gate.wait(TIMEOUT)
+                        raise fault("callback")
+                    with contextlib.ExitStack() as stack:
+                        if fault is ValueError:
+                            stack.enter_context(self.assertLogs("concurrent.futures", "ERROR"))
+                        client.submit("a").add_done_callback(bad)
+                        gate.set()
+                        self.assertEqual(client.submit("b").result(2.0).text, "b")
+            finally:
+                threading.excepthook = hook
+
+    @unittest.skipUnless(hasattr(os, "fork"), "there is no fork here")
+    def test_of_a_fork_is_of_no_concern_to_the_other(self):
+        """A child has connections and threads of its own; the parent's live on."""
+        with Server(forever=reply_echo) as server, self.client(server) as client:
+            self.assertEqual(client.ask("a"), "a")
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # the newest warn of a fork with threads
+                child = os.fork()
+            if not child:
+                try:
+                    os._exit(client.ask("b") != "b")
+                finally:
+                    os._exit(2)
+            self.assertEqual(client.ask("c"), "c")
+            self.assertEqual(os.waitpid(child, 0)[1], 0)
+            self.assertEqual({request.prompt: request.connection for request in server.requests},
+                             {"a": 1, "b": 2, "c": 1})
+
+
+class TheWire(Case):
+    """TLS and proxies, lightly."""
+
+    def test_is_verified_tls(self):
+        """A private CA is trusted where it is named, by option or environment; no other is."""
+        authority, _ = certificate("ca"), certificate("127.0.0.1")
+        with Server(reply("yes"), tls="127.0.0.1") as server:
+            self.assertEqual(self.client(server, ca_file=authority).ask("Hi"), "yes")
+            with self.assertRaisesRegex(cometlimit.APIConnectionError, "not trusted") as caught:
+                self.client(server).ask("Hi")
+            self.assertEqual(caught.exception.attempts, 1)
+        for name in ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE"):
+            os.environ[name] = authority
+            with self.subTest(name=name), Server(reply("yes"), tls="127.0.0.1") as server:
+                self.assertEqual(self.client(server).ask("Hi"), "yes")
+            del os.environ[name]
+
+    def test_goes_through_a_proxy(self):
+        """By CONNECT for https; a proxy that refuses is told, once."""
+        authority, _ = certificate("ca"), certificate("127.0.0.1")
+        with Proxy() as proxy, Server(reply("yes"), tls="127.0.0.1") as server:
+            os.environ["https_proxy"] = "http://me:p%%40ss@127.0.0.1:%d" % proxy.port
+            with self.client(server, ca_file=authority) as client:
+                self.assertEqual(client.ask("Hi"), "yes")
+            self.assertRegex(proxy.heads[0], r"\ACONNECT 127\.0\.0\.1:%d " % server.port)
+            self.assertNotIn(KEY, "".join(proxy.heads))
+        with Proxy(refuse=407) as proxy, Server(tls="127.0.0.1") as server:
+            os.environ["https_proxy"] = "127.0.0.1:%d" % proxy.port
+            with self.assertRaisesRegex(cometlimit.APIConnectionError, "the proxy refuses.*407"):
+                self.client(server, ca_file=authority).ask("Hi")
+            self.assertEqual(len(proxy.heads), 1)
+
+
+if __name__ == "__main__":
+    unittest.main()
