@@ -709,145 +709,151 @@ def backoff(attempt: int, retry_after: Optional[float] = None, max_delay: float 
 
 
 class Ticket(NamedTuple):
+    number: int
     time: float
-    serial: int
-    others: int
-    extra: bool
+    others: int     # in flight when this one left
 
 
 class Throttle:
-    START = 20.0
-    RAMP = 0.7
-    DIP = 0.1
-    SHARED = 0.9
-    OVER = 1.3
-    SECONDS = 10.0
-    REQUESTS = 10
-    ROW = 3
-    FEW = 1
-    HOLD = 1.0
-    GROW = 1.5
+    """Learns from what comes back when the next request may leave: no sleep, no lock, no clock.
 
-    def __init__(self, max_delay=30.0, random=random.random):
+    Between two refusals a limiter has been emptied at both ends, so the requests it
+    took, divided by the time that passed, are its rate: no guess, a measurement. So:
+    1. Until the first refusal, requests leave faster and faster.
+    2. A refusal closes the door for Retry-After or one interval; while nothing gets through,
+       one probe at a time, after pauses that grow with the time the door has been shut.
+    3. Then requests leave at the measured pace, which grows slowly until the next refusal.
+    4. Refused at the same number in flight twice, it is a cap on concurrency: a window instead.
+    5. Failures (5xx, no connection) in a row are an outage: closed as in 2, nothing learnt.
+    Requests that left before the door closed belong to the same congestion and change nothing.
+    """
+    START = 20.0        # requests/s at first: about one leaves while a refusal comes back
+    RAMP = 1.4          # requests/s more for each one sent: doubles every half second
+    SLOWEST = 1 / 60    # requests/s: limits are stated by the minute: one is allowed
+    DIP = 0.97          # of the measured pace, to begin with: an emptied bucket fills a little
+    EVEN = 0.75         # growth ~ pace ** EVEN: under 1, so that small shares catch up (tuned)
+    GROWN_SENT = 16     # requests in which a limit may double: at low rates 1 in 6 refused
+    GROWN_TIME = 58.0   # seconds in which it may: the minute that most windows last (tuned)
+    MEMORY = 2          # requests' worth of the last stretch kept: a count of k is wrong by one
+    DRY = 2.0           # pause / time shut: shut times treble, so a minute costs some 6 probes
+    PROBE = 1 / 3       # of max_delay: the longest such pause, so that a reopening is seen soon
+    OUTAGE = 4          # the score that three failures in a row reach
+
+    def __init__(self, max_delay: float = 30.0, random=random.random) -> None:
         self.max_delay, self.random = max_delay, random
-        self.pace = self.window = self.rate = None
+        self.pace = None            # type: Optional[float]  # requests/s, once measured
+        self.window = None          # type: Optional[int]  # most in flight, when capped
         self.congestions = 0
-        self.until = self.next_at = self.cut = -math.inf
-        self.opened = None       # when the stretch being measured began
-        self.reopened = None
-        self.taken = 0           # requests taken in it
-        self.pausing = False
-        self.flying = self.serial = 0
-        self.short = 0           # stretches in a row that took little
-        self.row = 0
-        self.last_trouble = -9
-        self.last_refused = -9
-        self.slow = self.probe_at = 0.0
-        self.extra_at = 0.0
-        self.hold = self.HOLD
-        self.full = 0
+        self.until = 0.0            # nothing leaves before
+        self._next = 0.0            # nor before this, which keeps the pace
+        self._probe = 0.0           # how long the first after a pause goes alone
+        self._count = self._flying = 0
+        self._first = 0             # the first ticket since the door last closed
+        self._base = 0              # the first ticket of this stretch
+        self._start = None          # type: Optional[float]  # since when _taken is counted
+        self._mark = None           # type: Optional[float]  # until when: this stretch begins
+        self._taken = 0.0           # requests, between these two
+        self._cut = self._shut = 0.0        # last closed; nothing got through since
+        self._knee = 0              # in flight at the last refusal
+        self._doubt = 0             # ticket number up to which failures weigh
 
-    def wait(self, now):
-        ready = max(self.until, self.next_at, self.probe_at)
-        if self.window is not None and self.flying >= self.window:
-            ready = max(ready, self.extra_at)
-        return max(0.0, ready - now)
+    def _growth(self, now):
+        """0 after a refusal, 1 when the limit may have doubled: requests and time count."""
+        sent, passed = self._count - self._base, now - self._cut
+        return min(sent / self.GROWN_SENT, passed / self.GROWN_TIME) ** 2
 
-    def sent(self, now):
-        if self.opened is None:
-            self.opened = self.reopened = now
-        if self.pausing:
-            self.measure()
-        extra = self.window is not None and self.flying >= self.window
-        if extra:
-            self.window = self.flying + 1
-            self.extra_at = now + 0.1
-        self.serial += 1
-        ticket = Ticket(now, self.serial, self.flying, extra)
-        self.flying += 1
-        self.taken += 1
-        if self.next_at > -math.inf:
-            idle = max(0.0, now - max(self.next_at, self.until) - 0.05)
-            if self.window is None or self.flying < self.window:
-                self.opened += idle
-            self.reopened += idle
-        self.probe_at = now + self.slow
-        self.slow /= 2
-        self.next_at = max(self.next_at, now - 0.05) + 1 / self.speed(now)
+    def _interval(self, now):
+        if self.window is not None:
+            return 0.0
+        if self.pace is None:
+            return 1 / (self.START + self.RAMP * (self._count - self._first))
+        grown = self.pace ** self.EVEN * self._growth(now)
+        return 1 / (self.DIP * self.pace + grown)
+
+    def wait(self, now: float) -> float:
+        """0.0: leave now; seconds to wait; math.inf: not before one in flight has ended."""
+        if self.window is not None:
+            if self._flying >= int(self.window * (1 + self._growth(now))):
+                return math.inf
+        return max(0.0, self.until - now, self._next - now)
+
+    def sent(self, now: float) -> Ticket:
+        """A request leaves; its ticket comes back in answered() or refused()."""
+        if self._start is None:
+            self._start = self._cut = self._shut = now
+        if self._count == self._first:
+            self._next = now + max(self._interval(now), self._probe)
+        else:   # one that left late may be followed at once, so that a slow timer costs no pace
+            self._next = max(now, self._next + self._interval(now))
+        ticket = Ticket(self._count, now, self._flying)
+        self._count += 1
+        self._flying += 1
         return ticket
 
-    def speed(self, now):
-        t = max(0.0, now - self.reopened)
-        if self.rate is None:
-            return self.START * math.exp(min(t / self.RAMP, 20))
-        x = t / max(self.SECONDS, self.REQUESTS / self.rate)
-        self.pace = self.rate * (1 + self.DIP * (x - 1) ** 3)
-        return self.pace
+    def answered(self, ticket: Ticket, now: float) -> None:
+        """The server took it: any answer that says nothing about load."""
+        self._flying -= 1
+        if ticket.number >= self._first:
+            self._doubt = 0
 
-    def measure(self):
-        self.pausing = False
-        if self.taken:
-            measured = self.taken / (self.until - self.opened)
-            if self.rate is None:
-                self.rate = measured
-            else:
-                rate = measured
-                self.rate = rate * self.SHARED if self.pace < self.rate else rate
-            self.opened = self.until
-        self.reopened = self.until
-        self.short = self.short + 1 if self.taken < self.FEW else 0
-        self.taken = 0
+    def refused(self, ticket: Ticket, now: float, status: Optional[int],
+                retry_after: Optional[float] = None) -> None:
+        """It was turned away: by a rate limit (429), or by a server in trouble (the rest)."""
+        self._flying -= 1
+        asked = min(self.max_delay, retry_after or 0.0) if status == 429 else 0.0
+        if ticket.number < self._first:
+            if asked:
+                self.until = max(self.until, now + asked)
+        elif status == 429:
+            self._close(ticket, now, asked)
+            self._measure(ticket, asked)
+        else:   # each failure outweighs one request that did not fail
+            self._doubt = max(self._doubt, ticket.number) + 2
+            if self._doubt - ticket.number >= self.OUTAGE:
+                self._close(ticket, now, 0.0)
+                self._skip(ticket, self.until - now)
 
-    def answered(self, ticket, now):
-        self.flying -= 1
-        if ticket.extra:
-            self.hold = self.HOLD
-        if ticket.time > self.cut and self.slow:
-            self.row = 0
-            self.slow = 0.0
-            self.probe_at = now
+    def _close(self, ticket, now, asked):
+        dry, echo = ticket.number == self._first, now - ticket.time
+        if not dry or asked:    # a limiter that says when is believed
+            self._shut = now
+        pause = min(self.DRY * (now - self._shut), self.PROBE * self.max_delay)
+        pause = max(pause, echo, 1 / self.pace if self.pace else 0.0)
+        pause *= 0.75 + self.random() / 2       # so that many clients do not come back as one
+        self.until = now + min(self.max_delay, asked or pause)
+        self._probe = min(2 * echo, self.until - now)     # a refusal is quick to come back
+        self._cut, self._first = now, self._count
 
-    def refused(self, ticket, now, status, retry_after):
-        self.flying -= 1
-        self.taken -= 1
-        trip = now - ticket.time
-        pause = min(retry_after or 0.0, self.max_delay)
-        if status != 429:
-            self.row = self.row + 1 if ticket.serial - self.last_trouble <= 2 else 1
-            self.last_trouble = ticket.serial
-            if self.row < self.ROW:
-                return
-            if ticket.time >= self.cut:
-                self.cut = now
-                self.congestions += 1
-                self.slow = min(self.max_delay, 0.5 * self.GROW ** min(self.row - self.ROW, 12))
-                until = max(self.until, now + self.slow * (.75 + self.random() / 4))
-                self.opened += until - now
-                self.reopened += until - now
-                self.until = until
-                self.next_at = max(self.until, self.next_at)
-            return
-        again = ticket.serial - self.last_refused <= 1
-        self.last_refused = ticket.serial
-        full, self.full = self.full, ticket.others
-        if ticket.time < self.cut:
-            pass
-        elif self.window is not None and ticket.others >= max(1, full, self.window - 1):
-            self.window = max(1, ticket.others)
-            self.hold = min(60.0, 2 * self.hold)
-            self.extra_at = now + self.hold
-        else:
-            self.cut = now
-            self.congestions += 1
-            self.pausing = True
-            self.hold = self.HOLD
-            self.extra_at = now + self.hold
-            self.window = max(1, ticket.others)
-            unit = 1.0 if self.rate is None else max(1 / self.rate, trip)
-            self.slow = 2 * trip
-            pause = pause or min(self.max_delay, unit * 2 ** min(self.short, 12)) * (.75 + self.random() / 4)
-        if self.pausing and now + pause > self.until:
-            self.until = self.next_at = now + pause
+    def _skip(self, ticket, pause):
+        """An outage says nothing about the limit: the stretch goes on after it."""
+        self._base += self._count - ticket.number
+        if self._mark is not None:
+            self._mark += pause
+            self._start += pause
+
+    def _measure(self, ticket, asked):
+        """Ends a stretch: from the end of one pause to the end of the next."""
+        fresh, self._base = ticket.number - self._base, self._count
+        first, self._mark = self._mark, self.until if self._mark is None else self._mark
+        self.congestions += 1
+        if first is None:       # it began with a full bucket: too fast, so it is not used yet
+            self._taken = fresh
+        elif fresh:
+            keep = min(1.0, self.MEMORY / max(1, self._taken))
+            self._start = self._mark - keep * (self._mark - self._start)
+            self._taken = fresh + keep * self._taken
+        self._mark = self.until
+        self._cap(max(ticket.others, self._flying), fresh, asked)
+        if self.window is not None:
+            self.pace = None
+        elif self._taken and first is not None and (fresh or not asked):
+            self.pace = max(self.SLOWEST, self._taken / max(1e-9, self._mark - self._start))
+
+    def _cap(self, others, fresh, asked):
+        """A cap is met at one number in flight, twice running; Retry-After tells of a rate."""
+        again = others >= self.window if self.window else fresh and others == self._knee > 0
+        self.window = others if again and not asked else None
+        self._knee = others
 
 
 # The wire
