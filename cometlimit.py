@@ -43,7 +43,6 @@ import random
 import re
 import select
 import shlex
-import shutil
 import signal
 import socket
 import stat
@@ -71,11 +70,12 @@ RETRYABLE = frozenset({408, 429, 500, 502, 503, 504, 520, 521, 522, 523, 524, 52
 # What no repetition cures, whatever the status: CometAPI answers an unknown model with 503 and a
 # malformed request with 500. Compared with both the code and the type of an error.
 PERMANENT = frozenset("""
-    access_denied access_terminated content_filter content_policy_violation context_length_exceeded convert_request_failed count_token_failed
-    credit_balance_exhausted gen_relay_info_failed insufficient_quota insufficient_user_quota
-    invalid_api_key invalid_request invalid_request_error missing_required_parameter
-    model_not_found model_price_error permission_denied pre_consume_token_quota_failed
-    prompt_blocked quota_exceeded sensitive_words_detected unsupported_model""".split())
+    access_denied access_terminated content_filter content_policy_violation
+    context_length_exceeded convert_request_failed count_token_failed credit_balance_exhausted
+    gen_relay_info_failed insufficient_quota insufficient_user_quota invalid_api_key
+    invalid_request invalid_request_error missing_required_parameter model_not_found
+    model_price_error permission_denied pre_consume_token_quota_failed prompt_blocked
+    quota_exceeded sensitive_words_detected unsupported_model""".split())
 
 _AHEAD = 8              # prompts taken per worker: rides over one slow answer, in bounded memory
 _CONNECT = 15.0         # a host that has not answered a fourth SYN will not answer at all
@@ -84,6 +84,7 @@ _CLOSING = 0.5          # how long close() waits for threads to end
 _MAX_ANSWER = 64 << 20  # bytes; more than any completion, less than the memory
 _MAX_ERROR = 64 << 10   # bytes; a gateway was seen to send an error of 114 MB
 _MAX_DEPTH = 200        # json recurses in C: a hostile answer could overrun a thread's stack
+_CANCELLED = "cancelled"  # the code of the Error of a call that was given up
 _MIN_SECRET = 6         # a shorter key is a placeholder such as "none", which words may contain
 
 Prompt = Union[str, List[Dict[str, Any]]]  # one message of a user, or a conversation
@@ -304,7 +305,7 @@ class Client:
 
     def submit(self, prompt: Prompt, **params: Any) -> "_Call":
         """complete() as a concurrent.futures.Future; it can be cancelled until it is sent."""
-        call = self._call(prompt, params)
+        call = self._call(prompt, **params)
         self._pool.submit(call)
         return call
 
@@ -368,33 +369,19 @@ class Client:
         pid = os.getpid()
         return self._pools.get(pid) or self._pools.setdefault(pid, _Pool(self, self._endpoint))
 
-    def _call(self, prompt: Prompt, params: Dict[str, Any]) -> "_Call":
-        if isinstance(prompt, str):
-            prompt = [{"role": "user", "content": prompt}]
-        if not (prompt and isinstance(prompt, (list, tuple))
-                and all(isinstance(message, dict) for message in prompt)):
-            raise ConfigurationError("a prompt is a string or a list of messages (dicts), not %s"
-                                     % type(prompt).__name__)
-        body = dict({"model": self.model, "messages": prompt}, **params)
-        if not isinstance(body["model"], str) or not body["model"]:
-            raise ConfigurationError('no model is named: Client(model="your-model-id")')
-        if body.get("stream"):
-            raise ConfigurationError("stream cannot be used: answers come whole")
-        try:
-            payload = json.dumps(body, allow_nan=False).encode()
-        except (TypeError, ValueError, RecursionError) as fault:
-            raise ConfigurationError("the request cannot be made JSON: %s" % fault) from None
-        return _Call(body["model"], payload, _now() + (self.deadline or math.inf))
+    def _call(self, prompt: Prompt, **params: Any) -> "_Call":
+        model, payload = _payload(prompt, **dict({"model": self.model}, **params))
+        return _Call(model, payload, _now() + (self.deadline or math.inf))
 
     def _calls(self, prompts: Iterable[Prompt], params: Dict[str, Any]) -> "Iterator[_Call]":
-        """A call for each prompt; what is wrong with one, or ends them, fails in its turn."""
+        """A call for each prompt; what is wrong with one, or ends them, fails in turn."""
         if isinstance(prompts, (str, bytes)):
             raise ConfigurationError("prompts is a list of prompts; for a single one there is ask()")
         source = iter(prompts)
         error: Optional[BaseException] = None
         while error is None or isinstance(error, Error):
             try:
-                yield self._call(next(source), params)
+                yield self._call(next(source), **params)
             except StopIteration:
                 return
             except Exception as fault:
@@ -402,6 +389,25 @@ class Client:
                 call.over = True
                 call.set_exception(fault)
                 yield call
+
+
+def _payload(prompt: Prompt, **params: Any) -> Tuple[str, bytes]:
+    """The model and the body of a request. Raises ConfigurationError."""
+    if isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    if not (prompt and isinstance(prompt, (list, tuple))
+            and all(isinstance(message, dict) for message in prompt)):
+        raise ConfigurationError("a prompt is a string or a list of messages (dicts), not %s"
+                                 % type(prompt).__name__)
+    model = params.get("model")
+    if not isinstance(model, str) or not model:
+        raise ConfigurationError('no model is named: Client(model="your-model-id")')
+    if params.get("stream"):
+        raise ConfigurationError("stream cannot be used: answers come whole")
+    try:
+        return model, json.dumps(dict({"messages": prompt}, **params), allow_nan=False).encode()
+    except (TypeError, ValueError, RecursionError) as fault:
+        raise ConfigurationError("the request cannot be made JSON: %s" % fault) from None
 
 
 def ask_all(prompts: Iterable[Prompt], **client_options: Any) -> List[str]:
@@ -493,7 +499,7 @@ class _Pool:
                         wire.hang_up()
                 self.ended.notify_all()
         for call in dropped:
-            call.hand_over(Error("given up: " + why, records=call.records,
+            call.hand_over(Error("given up: " + why, code=_CANCELLED, records=call.records,
                                  attempts=len(call.records) + (call.ticket is not None)))
 
     def join(self) -> None:
@@ -1131,7 +1137,7 @@ def _translate(fault: BaseException, connected: bool, key: str) -> Error:
         return APIConnectionError("TLS cannot be set up. " + text)
     if isinstance(fault, _FAULTS):
         return APIConnectionError("no whole answer. " + text, retryable=True, overload=503)
-    return Error("unexpected " + text)
+    return Error("unexpected " + text, code="unexpected")
 
 
 def _understand(answer: _Answer, key: str) -> Union[Completion, Error]:
@@ -1155,10 +1161,8 @@ def _understand(answer: _Answer, key: str) -> Union[Completion, Error]:
 def _failure(answer: _Answer, key: str) -> Error:
     """The Error for an answer that is no completion: the server's words, and the verdict."""
     text = answer.body[:_MAX_ERROR].decode("utf-8", "replace")
-    try:  # once read, for JSON has many ways to write the key
-        body = _parse(_redact(json.dumps(_parse(text)), key))
-    except ValueError:
-        body = text = _redact(text, key)
+    body = _loosely(text)  # first, for JSON has many ways to write the key
+    body = _redact(text, key) if body is text else _loosely(_redact(json.dumps(body), key))
     error = body.get("error") if isinstance(body, dict) else None
     said = error if isinstance(error, dict) else {"message": error} if error else {}
     words = {name: str(said[name])[:2000] for name in ("code", "type", "param", "message")
@@ -1196,16 +1200,24 @@ def _verdict(answer: _Answer, words: Dict[str, str], may: bool) -> Tuple[Optiona
     return status, status in RETRYABLE
 
 
-def _parse(text: str) -> Any:
+def _parse(text: str, depth: int = _MAX_DEPTH) -> Any:
     """The value of a JSON text, no matter who wrote it. Raises ValueError."""
-    if text.count("[") + text.count("{") > _MAX_DEPTH:  # each round cancels out the innermost pairs
+    if text.count("[") + text.count("{") > depth:  # each round cancels out the innermost pairs
         outside = "".join(text.replace("\\\\", "").replace('\\"', "").split('"')[::2])
         brackets = re.sub(r"[^][]", "", outside.translate({ord("{"): "[", ord("}"): "]"}))
-        for _ in range(_MAX_DEPTH):
+        for _ in range(depth):
             brackets = brackets.replace("[]", "")
         if brackets:
-            raise ValueError("JSON that is cut off, or nested more than %d deep" % _MAX_DEPTH)
+            raise ValueError("JSON that is cut off, or nested more than %d deep" % depth)
     return _decode(text)
+
+
+def _loosely(text: str) -> Any:
+    """The value of a JSON text; any other text as it stands."""
+    try:
+        return _parse(text)
+    except ValueError:
+        return text
 
 
 def _no_constant(name: str) -> Any:
@@ -1298,10 +1310,11 @@ examples:
   python3 cometlimit.py -m MODEL "Say hello." "Write a title."
   python3 cometlimit.py -m MODEL -i requests.jsonl -o results.jsonl
 
-Prompts come back as a JSON array of answers. Input rows are OpenAI Batch requests, {"prompt": ...},
-JSON strings or plain lines; output rows are OpenAI Batch results. The output file is the checkpoint:
-the same command again sends only what is missing or failed. Exit status: 0 all answered, 1 some
-failed, 2 nothing sent, 3 stopped early (run it again), 128 + N ended by signal N."""
+Prompts come back as a JSON array of answers. Input rows are OpenAI Batch
+requests, {"prompt": ...}, JSON strings or plain lines; output rows are OpenAI
+Batch results. The output file is the checkpoint: the same command again sends
+only what is missing or failed. Exit status: 0 all answered, 1 some failed,
+2 nothing sent, 3 stopped early (run it again), 128 + N ended by signal N."""
 
 _TICK = 0.25    # seconds between two looks at the clock, and between two drawings of the bar
 _PLAIN = 30.0   # seconds between two lines of progress where there is no terminal
@@ -1314,23 +1327,29 @@ _SIGPIPE = 13   # which Windows does not name
 def main(argv: Optional[List[str]] = None) -> int:
     """The command line. Returns the exit status."""
     try:
-        options = _options(sys.argv[1:] if argv is None else argv)
+        options = _options(argv)
         with contextlib.ExitStack() as stack:
             return _demo(stack) if options.demo else _Job(options, stack).run()
     except SystemExit as end:  # argparse's
         return int(end.code or 0)
+    except KeyboardInterrupt as stop:  # before anything was sent
+        return 128 + int((stop.args or (signal.SIGINT,))[0])
     except (Error, OSError) as error:
         _say("cometlimit: error: %s" % error)
         return 2
 
 
 def _say(text: str, end: str = "\n") -> None:
-    if sys.stderr is not None:
-        sys.stderr.write(text.encode("ascii", "backslashreplace").decode() + end)
+    """Write to stderr, if it can be; no server's words may steer the terminal."""
+    text = "".join(c if c.isprintable() or c == "\n" else "\\x%02x" % ord(c) for c in text)
+    try:
+        sys.stderr.write(text + end)
         sys.stderr.flush()
+    except (OSError, AttributeError):  # full or closed: the interpreter is not to try it again
+        sys.stderr = None  # type: ignore[assignment]
 
 
-def _options(argv: List[str]) -> Any:
+def _options(argv: Optional[List[str]]) -> Any:
     import argparse  # here, as the library's start is not to wait for it
     parser = argparse.ArgumentParser(
         prog="cometlimit", description=__doc__.splitlines()[0], epilog=_EPILOG, allow_abbrev=False,
@@ -1343,20 +1362,21 @@ def _options(argv: List[str]) -> Any:
     add("-c", "--max-concurrency", type=int, default=5, metavar="N", help="in flight at once (5)")
     add("--retries", type=int, default=4, metavar="N", help="attempts after the first (4)")
     add("--timeout", type=float, default=600.0, metavar="SEC", help="of one attempt (600)")
-    add("--deadline", type=float, metavar="SEC", help="stop the run after that long")
-    add("--max-failures", type=int, metavar="N", help="stop the run after so many failed rows")
-    add("--param", type=_param, action="append", metavar="NAME=JSON", help="a field of every body")
-    add("--system", metavar="TEXT", help="a system message before every prompt")
-    add("--shard", type=_shard, default=(0, 1), metavar="I/N", help="of every N rows the I-th only")
+    add("--deadline", type=_above_0, metavar="SEC", help="stop the run after that long")
+    add("--max-failures", type=_above_0, metavar="N", help="stop the run after N failed rows")
+    add("--param", type=_param, action="append", metavar="NAME=JSON", help="a field of each body")
+    add("--system", metavar="TEXT", help="a system message before each plain prompt")
+    add("--shard", type=_shard, default=(0, 1), metavar="I/N", help="of every N rows the I-th")
     add("--joblog", metavar="FILE", help="append a JSON line for every attempt")
     add("--dry-run", action="store_true", help="check the input, send nothing")
     add("--base-url", metavar="URL", help="else COMETAPI_BASE_URL, else CometAPI's")
-    add("--api-key-env", default="COMETAPI_KEY", metavar="NAME", help="the variable with the key")
+    add("--api-key-env", default="COMETAPI_KEY", metavar="NAME", help="the key's variable")
     add("-q", "--quiet", action="store_true", help="no progress, no summary")
     add("--demo", action="store_true", help="see it find the limit of a server of its own")
     add("--version", action="version", version="%(prog)s " + __version__)
     options = parser.parse_args(argv)
-    options.key, options.command, options.param = None, argv, dict(options.param or ())
+    options.key, options.param = None, dict(options.param or ())
+    options.command = sys.argv[1:] if argv is None else argv
     options.array = not (options.input_file or options.output_file)
     if options.prompts and options.input_file:
         parser.error("give either prompts or -i")
@@ -1364,7 +1384,17 @@ def _options(argv: List[str]) -> Any:
         options.input_file = "-"
         if sys.stdin is None or sys.stdin.isatty():
             parser.error("nothing to ask: give prompts, -i FILE or lines on stdin")
+    if options.model == "" or options.array and not (options.model or options.demo):
+        parser.error("name a model: -m MODEL")
+    if argv is None:  # 3.6 in the C locale takes UTF-8 for bytes that it cannot read
+        options.prompts = [os.fsencode(text).decode("utf-8", "replace") for text in options.prompts]
     return options
+
+
+def _above_0(text: str) -> float:
+    if not 0 < float(text) < math.inf:
+        raise ValueError
+    return float(text)
 
 
 def _param(text: str) -> Tuple[str, Any]:
@@ -1379,14 +1409,6 @@ def _shard(text: str) -> Tuple[int, int]:
     if not 1 <= at <= shards:
         raise ValueError
     return at - 1, shards
-
-
-def _loosely(text: str) -> Any:
-    """The value of a JSON text; any other text as it stands."""
-    try:
-        return _parse(text)
-    except ValueError:
-        return text
 
 
 # Rows
@@ -1406,7 +1428,9 @@ def _rows(lines: Iterable[bytes], options: Any) -> Iterator[_Row]:
     """The rows of the shard. Only \\n ends a line: other ends may stand inside of strings."""
     count, (at, shards) = 0, options.shard
     for number, line in enumerate(lines, 1):
-        line = line.strip(b" \t\r\n\f\v\0" + (b"\xef\xbb\xbf" if number == 1 else b""))
+        if number == 1 and line.startswith(b"\xef\xbb\xbf"):
+            line = line[3:]
+        line = line.strip(b" \t\r\n\f\v\0")
         if line:
             if count % shards == at:
                 yield _row(line, number, options)
@@ -1443,14 +1467,16 @@ def _body(value: Dict[str, Any], options: Any) -> Dict[str, Any]:
     for name in ("custom_id", "method", "url"):
         body.pop(name, None)
     messages = body.pop("messages", None)
-    if options.system and isinstance(body.setdefault("prompt", messages), str):
+    prompt = body.setdefault("prompt", messages)
+    if options.system and isinstance(prompt, str):
         body["prompt"] = [{"role": "system", "content": options.system},
-                          {"role": "user", "content": body["prompt"]}]
-    body.setdefault("prompt", messages)
+                          {"role": "user", "content": prompt}]
+    if options.dry_run:
+        _payload(**body)
     return body
 
 
-def _result(row: _Row, outcome: Union[Completion, Error]) -> str:
+def _result(row: _Row, outcome: Union[Completion, Error]) -> bytes:
     """The OpenAI Batch output line. A failure stands in both the places where readers look for it:
     https://github.com/openai/openai-openapi/issues/302"""
     status, body, error = 200, outcome.body, None  # type: Optional[int], Any, Any
@@ -1461,17 +1487,17 @@ def _result(row: _Row, outcome: Union[Completion, Error]) -> str:
         if not isinstance(body, dict):
             body = {"error": {"message": body, "type": None, "param": None, "code": None}}
     response = {"status_code": status, "request_id": outcome.request_id, "body": body}
-    return json.dumps({"id": row.mark, "custom_id": row.id, "response": response if status else None,
-                       "error": error}) + "\n"
+    return json.dumps({"id": row.mark, "custom_id": row.id, "error": error,
+                       "response": response if status else None}).encode() + b"\n"
 
 
 def _code(error: Error) -> str:
     return error.code or "http_%s" % error.status_code
 
 
-def _answered(result: Any) -> bool:
+def _answered(result: Dict[str, Any]) -> bool:
     """Whether an output line, whoever wrote it, holds an answer."""
-    response = result.get("response")
+    response = result["response"]  # which even the oddest results have, and requests have not
     if result.get("error") is not None or not isinstance(response, dict):
         return False
     if "status_code" not in response:  # the completion itself, as old versions of vLLM have it
@@ -1481,38 +1507,53 @@ def _answered(result: Any) -> bool:
             and bool(body) and not body.get("error"))
 
 
+def _write(fd: int, data: bytes) -> None:
+    """All of it or an OSError: file objects keep what a full disk refused, and write it later."""
+    left = memoryview(data)
+    while left:
+        left = left[os.write(fd, left):]
+
+
 class _Stream:
     """Results to a pipe, in the order of the rows: what comes early is held back."""
 
     def __init__(self, out: Any, array: bool) -> None:
-        self.out, self.array, self.written = out, array, 0
-        self.early: Dict[int, str] = {}
+        self.out, self.array = out, array  # a descriptor, or a stream that has none
+        self.early: Dict[int, bytes] = {}
+        self.written = 0
 
     def put(self, index: int, row: _Row, outcome: Union[Completion, Error]) -> int:
         """Take a result; returns how many have gone out by it."""
-        if self.array:
+        if self.array:  # half a surrogate pair becomes the escape that JSON has for it
             text = json.dumps(getattr(outcome, "text", None), ensure_ascii=False)
-            self.early[index] = (",\n " if index else "[") + text
+            self.early[index] = text.encode("utf-8", "backslashreplace")
         else:
             self.early[index] = _result(row, outcome)
         before = self.written
         while self.written in self.early:
-            self._write(self.early.pop(self.written))
-            self.written += 1
+            self.emit()
         return self.written - before
 
-    def close(self) -> None:
-        for index in sorted(self.early):  # those after a gap, where the run was stopped
-            self._write(self.early[index])
+    def emit(self) -> None:
+        data = self.early.pop(self.written, b"null" if self.array else b"")
         if self.array:
-            self._write("]\n" if self.written or self.early else "[]\n")
+            data = (b",\n " if self.written else b"[") + data
+        self.written += 1
+        self.send(data)
 
-    def _write(self, text: str) -> None:
-        if hasattr(self.out, "buffer"):  # bytes: no locale's encoding, and text files lose rows
-            self.out.buffer.write(text.encode("utf-8", "backslashreplace"))
+    def send(self, data: bytes) -> None:
+        if isinstance(self.out, int):
+            _write(self.out, data)
+        elif hasattr(self.out, "buffer"):
+            self.out.buffer.write(data)
         else:
-            self.out.write(text)
-        self.out.flush()
+            self.out.write(data.decode())
+
+    def close(self, rows: int) -> None:
+        while self.written < rows:  # after a stop there may be gaps
+            self.emit()
+        if self.array:
+            self.send(b"]\n" if rows else b"[]\n")
 
 
 class _Checkpoint:
@@ -1526,11 +1567,11 @@ class _Checkpoint:
     def __init__(self, path: str, ids: Dict[str, int]) -> None:
         self.path = os.path.realpath(path)
         self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
-        self.ids = ids                               # by row: where its answer begins, or -1
-        self.failed: Dict[str, int] = {}             # where its last failure begins
-        self.found: Dict[str, Tuple[int, str]] = {}  # answers of rows not met yet, and their marks
+        self.ids = ids                    # where the answer to each row begins, or -1
+        self.failed: Dict[str, int] = {}  # where the last failure of a row begins
+        self.found: Dict[str, int] = {}   # as ids, of rows not met yet, with the mark: see learn()
         self.lines = self.end = 0
-        self.gap = b""                               # what is missing at the end
+        self.gap = b""                    # what is missing at the end
 
     def load(self) -> None:
         """Make sure that no other run writes here, and learn what those before have written."""
@@ -1545,13 +1586,14 @@ class _Checkpoint:
             held = True
         if held:
             raise ConfigurationError("another run writes to %s" % self.path)
-        bad = 0
+        bad, start = 0, b'{"id": "batch_req_'
         with open(self.path, "rb") as lines:
             for line in lines:
                 try:
-                    self._learn(_parse(line.decode("utf-8")))
+                    self.learn(_parse(line.decode("utf-8"), 2 * _MAX_DEPTH))
                 except (ValueError, LookupError, TypeError, AttributeError):
-                    if not line.endswith(b"\n"):
+                    ours = self.found or line[:len(start)] == start[:len(line)]
+                    if ours and not line.endswith(b"\n"):
                         break  # torn by a kill: the next row takes its place
                     bad += 1
                 self.lines, self.end = self.lines + 1, self.end + len(line)
@@ -1561,41 +1603,41 @@ class _Checkpoint:
             if not self.found:
                 raise ConfigurationError("%s holds something else: it is left as it is" % self.path)
 
-    def _learn(self, result: Any) -> None:
+    def learn(self, result: Any) -> None:
         name = str(result["custom_id"])
         if _answered(result):
             self.failed.pop(name, None)
-            self.found[name] = self.end, str(result.get("id"))
-        elif self.found.setdefault(name, (-1, ""))[0] < 0:
+            mark = re.match("batch_req_([0-9a-f]{16})$", str(result.get("id")))
+            # Both numbers in one: of a million rows, tuples would take 100 MB more.
+            self.found[name] = self.end << 64 | (int(mark.group(1), 16) if mark else 0)
+        elif self.found.setdefault(name, -1) < 0:
             self.failed[name] = self.end
 
     def start(self, row: _Row) -> int:
         """Where the answer to a row that is met begins, or -1."""
-        start, mark = self.found.pop(row.id, (-1, ""))
-        if re.match("batch_req_[0-9a-f]{16}$", mark) and mark != row.mark:
+        found = self.found.get(row.id, -1)
+        mark = found % (1 << 64) if found >= 0 else 0
+        if mark and mark != int(row.mark[10:], 16):
             raise ConfigurationError("%s is of another input: there, %r asked something else"
                                      % (self.path, row.id))
-        return start
+        self.found.pop(row.id, None)
+        return found >> 64
 
     def put(self, _: int, row: _Row, outcome: Union[Completion, Error]) -> int:
-        line = self.gap + _result(row, outcome).encode()
+        line = self.gap + _result(row, outcome)
         try:
             os.ftruncate(self.fd, self.end)
-            left = memoryview(line)
-            while left:
-                left = left[os.write(self.fd, left):]
+            _write(self.fd, line)
         except OSError:  # a full disk takes half a row
             os.ftruncate(self.fd, self.end)
             raise
-        if isinstance(outcome, Completion):
-            self.ids[row.id] = self.end + len(self.gap)
-        else:
-            self.failed[row.id] = self.end + len(self.gap)
+        where = self.ids if isinstance(outcome, Completion) else self.failed
+        where[row.id] = self.end + len(self.gap)
         self.lines, self.end, self.gap = self.lines + 1, self.end + len(line), b""
         return 1
 
-    def close(self) -> None:
-        self.ids.update((name, start) for name, (start, _) in self.found.items())
+    def close(self, _: int) -> None:
+        self.ids.update((name, found >> 64) for name, found in self.found.items())
         order = [start if start >= 0 else self.failed[name] for name, start in self.ids.items()
                  if start >= 0 or name in self.failed]
         os.ftruncate(self.fd, self.end)
@@ -1637,32 +1679,27 @@ class _Job:
         self.total: Optional[int] = None
         self.errors: Dict[str, List[Any]] = {}   # by code: how many, and the first
         self.alike: Tuple[Any, int] = (None, 0)  # the last failure, and how many such in a row
-        self.reading = self.writing = True
+        self.started, self.reading, self.writing = False, False, True
         self.reason, self.until = "", math.inf   # why the run ends early, and at the latest when
         self.began = self.shown = time.monotonic()
-        self.bar = sys.stderr is not None and sys.stderr.isatty()
 
     def run(self) -> int:
         """Returns the exit status. Raises ConfigurationError or OSError before anything is sent."""
         options = self.options
-        if not options.dry_run:
-            self.client = self._client()
-        if options.input_file is None:  # JSON strings, as a prompt may have lines
-            self.source: Any = [json.dumps(prompt).encode() for prompt in options.prompts]
-        elif options.input_file == "-":
-            self.source = sys.stdin.buffer
-        else:
-            self.source = self.stack.enter_context(open(options.input_file, "rb"))
-        self.sink = self._output(options.output_file or "-")
-        self.known = isinstance(self.source, list) or stat.S_ISREG(
-            os.fstat(self.source.fileno()).st_mode)
-        bad = self._survey() if options.dry_run or self.known else 0
-        if options.dry_run:
-            return int(bad > 0)
-        self.joblog = self.stack.enter_context(open(options.joblog or os.devnull, "ab", buffering=0))
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self.stack.callback(signal.signal, number, signal.signal(number, self._on_signal))
+        self.client: Any = None if options.dry_run else self._client()
+        self.source, self.known = self._input(options.input_file)
+        self.sink = self._output(options.output_file or "-")
+        self.bar = sys.stderr is not None and sys.stderr.isatty() and not options.quiet and not (
+            isinstance(self.sink, _Stream) and sys.stdout.isatty())
+        if options.dry_run or self.known:
+            bad = self._survey()
+            if options.dry_run:
+                return int(bad > 0)
+        self.joblog = self._open_joblog(options.joblog)
+        self.started = self.reading = True
         threading.Thread(target=self._read, daemon=True).start()
         while self.calls or self.reading and not self.reason:
             try:
@@ -1684,44 +1721,76 @@ class _Job:
         self.stack.callback(client.close)
         return client
 
+    def _input(self, path: Optional[str]) -> Tuple[Any, bool]:
+        """The input's lines, and whether they are known beforehand: can be read twice."""
+        if path is None:  # JSON strings, as a prompt may have lines
+            return [json.dumps(prompt).encode() for prompt in self.options.prompts], True
+        # Not sys.stdin: a thread that waits for it would abort the interpreter's end.
+        source = open(sys.stdin.fileno() if path == "-" else path, "rb", closefd=path != "-")
+        known = stat.S_ISREG(os.fstat(source.fileno()).st_mode)
+        # A pipe that is still waited for cannot be closed.
+        self.stack.callback(lambda: source.close() if known or not self.reading else None)
+        return source, known
+
     def _output(self, path: str) -> Any:
         if path == "-":
             if sys.stdout is None:
                 raise ConfigurationError("stdout is closed: the answers would go nowhere")
-            return _Stream(sys.stdout, self.options.array)
-        if os.path.exists(path):
-            if not isinstance(self.source, list) and os.path.samestat(
-                    os.stat(path), os.fstat(self.source.fileno())):
-                raise ConfigurationError("%s is both the input and the output" % path)
-            if not os.path.isfile(path):  # a pipe or a device
-                return _Stream(self.stack.enter_context(open(path, "w")), self.options.array)
-        elif self.options.dry_run:
+            sys.stdout.flush()
+            try:
+                return _Stream(sys.stdout.fileno(), self.options.array)
+            except OSError:  # a stream of Python's
+                return _Stream(sys.stdout, self.options.array)
+        self._refuse_source(path)
+        if os.path.exists(path) and not os.path.isfile(path):  # a pipe or a device
+            fd = os.open(path, os.O_WRONLY)
+            self.stack.callback(os.close, fd)
+            return _Stream(fd, self.options.array)
+        if self.options.dry_run and not os.path.exists(path):
             return None
         sink = _Checkpoint(path, self.ids)
         self.stack.callback(os.close, sink.fd)
         sink.load()
         return sink
 
+    def _open_joblog(self, path: Optional[str]) -> Optional[int]:
+        if path is None:
+            return None
+        self._refuse_source(path)
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        self.stack.callback(os.close, fd)
+        if isinstance(self.sink, _Checkpoint) and os.path.samestat(
+                os.fstat(fd), os.fstat(self.sink.fd)):
+            raise ConfigurationError("%s is the output" % path)
+        return fd
+
+    def _refuse_source(self, path: str) -> None:
+        if not isinstance(self.source, list) and os.path.isfile(path) and os.path.samestat(
+                os.stat(path), os.fstat(self.source.fileno())):
+            raise ConfigurationError("%s is the input" % path)
+
     def _survey(self) -> int:
         """Go through the whole input before anything is sent. Returns how many rows are bad."""
-        models: Dict[Any, int] = collections.Counter()
+        models: Dict[str, int] = collections.Counter()
         self.total = bad = 0
         for row in _rows(self.source, self.options):
             self._meet(row)
             self.total += 1
-            models[row.body.get("model")] += 1
+            models[str(row.body.get("model"))] += 1
             bad += row.problem is not None
             if row.problem and self.options.dry_run:
                 _say("%s: %s" % (row.id, row.problem))
-        if getattr(self.sink, "found", None):
-            raise ConfigurationError("%s is of another input: it has %d results that no row asks for, "
-                                     "as for %r" % (self.sink.path, len(self.sink.found),
-                                                    min(self.sink.found)))
-        if not isinstance(self.source, list):
-            self.source.seek(0)
+            if self.bar and self.total % 10000 == 0:
+                _say("%d rows read" % self.total, "\x1b[K\r")
+        if isinstance(self.sink, _Checkpoint) and self.sink.found:
+            found = self.sink.found
+            raise ConfigurationError("%s is of another input: no row asks for %r, nor for %d more"
+                                     % (self.sink.path, min(found), len(found) - 1))
         if self.options.dry_run:
             _say("%d rows, %d bad; by model: %s" % (self.total, bad, ", ".join(
                 "%s x %d" % pair for pair in models.items())))
+        elif not isinstance(self.source, list):
+            self.source.seek(0)
         return bad
 
     def _meet(self, row: _Row) -> None:
@@ -1759,22 +1828,22 @@ class _Job:
                 return
             if row.problem is not None:
                 raise row.problem
-            body = dict(row.body)
-            call = self.client._call(body.pop("prompt"), body)
+            call = self.client._call(**row.body)
         except ConfigurationError as problem:
-            self._write(index, row, problem)
+            self._receive(index, row, problem)
         else:
             self.calls[call] = index, row
-            call.add_done_callback(lambda call: self.events.put((self._receive, call)))
+            call.add_done_callback(lambda call: self.events.put((self._finish, call)))
             self.client._pool.submit(call)
 
-    def _receive(self, call: _Call) -> None:
+    def _finish(self, call: _Call) -> None:
         index, row = self.calls.pop(call)
         outcome: Any = call.exception() or call.result()
-        if type(outcome) is not Error:  # a bare one was given up: it is left to the next run
-            self._write(index, row, outcome)
+        if not (self.reason and isinstance(outcome, Error) and (
+                outcome.retryable or outcome.code == _CANCELLED)):  # left to the next run
+            self._receive(index, row, outcome)
 
-    def _write(self, index: int, row: _Row, outcome: Union[Completion, Error]) -> None:
+    def _receive(self, index: int, row: _Row, outcome: Union[Completion, Error]) -> None:
         if isinstance(outcome, Error):
             self._fail(row, outcome)
         else:
@@ -1800,13 +1869,20 @@ class _Job:
         self.alike = alike, (self.alike[1] if alike == self.alike[0] else 0) + common
         if self.alike[1] >= (_PATIENCE if error.retryable else _ALIKE):
             self._stop("%d rows in a row failed alike" % self.alike[1])
-        elif self.failures == self.options.max_failures:
+        elif self.failures >= (self.options.max_failures or math.inf):
             self._stop("%d rows failed" % self.failures)
 
     def _log(self, record: Record) -> None:
-        self.joblog.write(json.dumps(record._asdict()).encode() + b"\n")
+        if self.joblog is not None:
+            try:
+                _write(self.joblog, json.dumps(record._asdict()).encode() + b"\n")
+            except OSError as fault:  # no reason to lose answers
+                _say("cometlimit: the job log cannot be written: %s" % fault)
+                self.joblog = None
 
     def _on_signal(self, number: int, _: Any) -> None:
+        if not self.started:
+            raise KeyboardInterrupt(number)
         if self.signal:
             os._exit(128 + number)  # the second one: what was received is written already
         self.signal = number
@@ -1815,6 +1891,7 @@ class _Job:
         """Send nothing more. What is in flight has some seconds left."""
         if not self.reason:
             self.reason, self.until = reason, time.monotonic() + _GRACE
+            self.client.max_retries = 0
             self.client._pool.drop([call for call in self.calls if call.ticket is None])
 
     def _look(self) -> None:
@@ -1828,30 +1905,32 @@ class _Job:
             self.client.close()
         if not self.options.quiet and now - self.shown >= (_TICK if self.bar else _PLAIN):
             self.shown = now
-            _say(self._progress(now), "\x1b[K\r" if self.bar else "\n")
+            text = self._progress(now)
+            _say(text[:os.get_terminal_size(2).columns - 1] if self.bar else text,
+                 "\x1b[K\r" if self.bar else "\n")
 
     def _progress(self, now: float) -> str:
         done, total = self.kept + self.answers + self.failures, self.total
         rate = (self.answers + self.failures) / max(0.001, now - self.began)
-        text = "%d done, %.1f/s" % (done, rate)
-        if total is not None:
-            left = (total - done) / max(rate, 0.001)
-            text = "%d/%d done, %.1f/s, %d:%02d left" % (done, total, rate, left // 60, left % 60)
+        text = "%d%s done" % (done, "" if total is None else "/%d" % total)
         if self.bar and total:
-            text = "[%-20s] %s" % ("#" * (20 * done // total), text)
+            text = "[%-16s] %s" % ("#" * (16 * done // total), text)
         text += ", %d failed" % self.failures if self.failures else ""
+        if total is not None and rate:
+            text += ", %d:%02d left" % divmod((total - done) / rate, 60)
+        text += ", %.1f/s" % rate
         for (_, model), stats in sorted(self.client.metrics.items()):
             limits = [words % value for words, value in (
                 ("rate limit %.3g/s", stats.pace), ("window %d", stats.window),
                 ("429 x %d", stats.statuses[429])) if value]
             text += "; %s: %s" % (model, ", ".join(limits)) if limits else ""
-        return text[:shutil.get_terminal_size().columns - 1] if self.bar else text
+        return text
 
     def _end(self) -> int:
         """Close the output, say what became of the run, and return its exit status."""
         try:
             if self.writing:
-                self.sink.close()
+                self.sink.close(self.total or self.rows)
         except OSError as fault:
             self.writing, self.reason = False, "the results cannot be written: %s" % fault
         while not self.events.empty():  # the last records
@@ -1860,22 +1939,22 @@ class _Job:
                 handle(what)
         done = self.kept + self.answers + self.failures
         left = bool(self.reason) and (not self.writing or done != self.total)
-        if self.signal == _SIGPIPE:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter complains at its end
-        elif not self.options.quiet:
-            _say(("\x1b[K" if self.bar else "") + "\n".join(self._summary(left)))
+        if not self.options.quiet and self.signal != _SIGPIPE:
+            _say("", "\x1b[K" if self.bar else "")
+            _say("\n".join(self._summary(left)))
         return 128 + self.signal if self.signal else 3 if left else int(self.failures > 0)
 
     def _summary(self, left: bool) -> Iterator[str]:
-        form = "%-28s %8s %8s %8s %11s %11s %7s %7s  %s"
-        yield form % ("model", "requests", "answers", "retries", "tokens in", "tokens out", "p50 s",
-                      "p95 s", "statuses")
+        form = "%-20s %8s %8s %7s %10s %10s %6s %6s"
+        yield form % ("model", "requests", "answers", "retries", "tokens in", "out", "p50 s",
+                      "p95 s")
         for (_, model), stats in sorted(self.client.metrics.items()):
-            yield form % (
-                model, stats.requests, stats.answers, stats.retries, stats.prompt_tokens,
-                stats.completion_tokens, "%.2f" % stats.latency(0.5), "%.2f" % stats.latency(0.95),
-                ", ".join("%s x %d" % (status or "none", stats.statuses[status])
-                          for status in sorted(stats.statuses, key=lambda status: status or 0)))
+            yield form % (model, stats.requests, stats.answers, stats.retries, stats.prompt_tokens,
+                          stats.completion_tokens, "%.2f" % stats.latency(0.5),
+                          "%.2f" % stats.latency(0.95))
+            yield "  statuses: " + ", ".join(
+                "%s x %d" % (status or "none", count) for status, count in sorted(
+                    stats.statuses.items(), key=lambda pair: pair[0] or 0))
         for code, (count, sample) in sorted(self.errors.items()):
             yield "%d x %s, first %s" % (count, code, sample)
         yield "%d answered, %d failed, %d kept, %.1f s" % (
@@ -1901,7 +1980,7 @@ def _demo(stack: contextlib.ExitStack) -> int:
                     level, at, refused = bucket
                     now = time.monotonic()
                     level = min(rate, level + (now - at) * rate)
-                    bucket[:] = max(level - 1, level % 1), now, refused + (level < 1)
+                    bucket[:] = level - (level >= 1), now, refused + (level < 1)
                 value: Any = {"error": {"message": "slow down", "code": "rate_limit_exceeded"}}
                 if level >= 1:
                     time.sleep(0.3)
