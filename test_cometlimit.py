@@ -9,11 +9,13 @@ import contextlib
 import copy
 import gc
 import inspect
+import io
 import itertools
 import json
 import logging
 import os
 import pickle
+import re
 import shutil
 import signal
 import socket
@@ -32,6 +34,9 @@ import warnings
 import cometlimit
 
 TIMEOUT = 20.0  # no wait in here is longer
+FOLDER = os.path.dirname(os.path.abspath(cometlimit.__file__))
+PROGRAM = [sys.executable, "-X", "dev", "-W", "error", "-m", "cometlimit"]
+BOM = b"\xef\xbb\xbf"
 KEY = "sk-Secret/Key<&>0123456789"
 
 
@@ -312,7 +317,19 @@ def certificate(name, signed=True):
     return base + ".pem"
 
 
+def setUpModule():
+    """Start the demo: it takes its time while the others run."""
+    environ = dict({name: value for name, value in os.environ.items()
+                    if not re.match("(?i)cometapi_|.*_proxy$", name)}, PYTHONPATH=FOLDER)
+    TheDemo.process = subprocess.Popen(PROGRAM + ["--demo"], env=environ, stdout=subprocess.PIPE,
+                                       stderr=subprocess.PIPE)
+
+
 def tearDownModule():
+    TheDemo.process.kill()
+    TheDemo.process.wait()
+    TheDemo.process.stdout.close()
+    TheDemo.process.stderr.close()
     if Certificates.folder is not None:
         shutil.rmtree(Certificates.folder)
 
@@ -1502,6 +1519,791 @@ class TheWire(Case):
             with self.assertRaisesRegex(cometlimit.APIConnectionError, "the proxy refuses.*407"):
                 self.client(server, ca_file=authority).ask("Hi")
             self.assertEqual(len(proxy.heads), 1)
+
+
+def line(value):
+    """A line of a file: bytes as they are, anything else as JSON."""
+    return value if isinstance(value, bytes) else json.dumps(value).encode() + b"\n"
+
+
+def rows(count, start=0):
+    """Input rows r0, r1 ... which ask p0, p1 ..."""
+    return [{"custom_id": "r%d" % n, "prompt": "p%d" % n} for n in range(start, start + count)]
+
+
+def result(name, text="old", **fields):
+    """An output row of another program: an answer, unless the fields say otherwise."""
+    return dict({"id": "batch_req_1", "custom_id": name, "error": None, "response": {
+        "status_code": 200, "request_id": "q", "body": {
+            "choices": [{"message": {"content": text}}]}}}, **fields)
+
+
+class CommandLine(Case):
+    """A folder of its own, a key and a server's address in the environment, and the real clock."""
+
+    def setUp(self):
+        super().setUp()
+        self.real_time()
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.addCleanup(os.chdir, os.getcwd())
+        os.chdir(folder.name)
+        os.environ.update(COMETAPI_KEY=KEY, PYTHONPATH=FOLDER)
+        ignored = signal.signal(signal.SIGINT, signal.default_int_handler)  # as after `command &`
+        self.addCleanup(signal.signal, signal.SIGINT, ignored)
+
+    @contextlib.contextmanager
+    def serve(self, *script, **options):
+        with Server(*script, **options) as server:
+            os.environ["COMETAPI_BASE_URL"] = server.url
+            yield server
+
+    def write(self, name, values):
+        with open(name, "wb") as file:
+            file.write(b"".join(map(line, values)))
+
+    def read(self, name):
+        with open(name, "rb") as file:
+            return file.read()
+
+    def results(self, name="out"):
+        return [json.loads(row) for row in self.read(name).decode().splitlines()]
+
+    def answers(self, name="out"):
+        """(custom_id, text or error code) of each row."""
+        return [(row["custom_id"], row["response"]["body"]["choices"][0]["message"]["content"]
+                 if row["error"] is None else row["error"]["code"]) for row in self.results(name)]
+
+    def cli(self, *argv, stdin=b"", expect=0):
+        """Run main() in this process; leaves self.out (bytes) and self.err (a text)."""
+        kept = sys.stdin, sys.stdout, sys.stderr
+        with tempfile.TemporaryFile() as file:
+            file.write(stdin)
+            file.seek(0)
+            sys.stdin = io.TextIOWrapper(file, "ascii")
+            sys.stdout, sys.stderr = [io.TextIOWrapper(io.BytesIO(), "ascii") for _ in "oe"]
+            try:
+                code = cometlimit.main(["-m", "m", "--retries", "0"] + list(argv))
+                texts = []
+                for stream in (sys.stdout, sys.stderr):
+                    stream.flush()
+                    texts.append(stream.buffer.getvalue())
+            finally:
+                sys.stdin, sys.stdout, sys.stderr = kept
+        self.out, self.err = texts[0], texts[1].decode()
+        self.assertEqual(code, expect, self.err)
+        self.assertNotIn("Traceback", self.err)
+        return self.out
+
+    def start(self, *argv, wrap=(), **options):
+        """A process of the program, killed with the test if it is still there."""
+        options = dict(dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE), **options)
+        process = subprocess.Popen(
+            list(wrap) + PROGRAM + ["-m", "m", "--retries", "0"] + list(argv), **options)
+
+        def end():
+            process.kill()
+            process.wait()
+            for pipe in (process.stdin, process.stdout, process.stderr):
+                if pipe:
+                    pipe.close()
+        self.addCleanup(end)
+        return process
+
+    def finish(self, process, expect, timeout=TIMEOUT, stdin=None):
+        self.out, err = process.communicate(stdin, timeout)
+        self.err = (err or b"").decode()
+        self.assertEqual(process.returncode, expect, self.err)
+        self.assertNotRegex(self.err, "Traceback|Fatal Python error")
+        return self.out
+
+
+class Prompts(CommandLine):
+
+    def test_are_answered_by_a_json_array_in_their_order(self):
+        """The answers stand on stdout in the prompts' order, and nothing else does."""
+        def late(request):
+            if request.prompt == "a":
+                server.await_requests(3)
+            return reply_echo(request)
+        with self.serve(forever=late) as server:
+            self.assertEqual(json.loads(self.cli("a", "b", "c").decode()), ["a", "b", "c"])
+
+    def test_one_that_fails_is_null(self):
+        """A failed prompt is null in its place; its error is on stderr, and the status is 1."""
+        with self.serve(reply("one"), status(400, {"error": {"message": "not this"}}), reply("3")):
+            out = self.cli("-c", "1", "-q", "a", "b", "c", expect=1)
+        self.assertEqual(json.loads(out.decode()), ["one", None, "3"])
+        self.assertIn("not this", self.err)
+
+    def test_are_taken_as_they_stand(self):
+        """What looks like JSON or has line ends is still one prompt, and reaches the model."""
+        prompts = ['{"prompt": "x"}', '"quoted"', "[1]", "two\nlines", " spaces ", "é\u2028"]
+        with self.serve(forever=reply_echo):
+            self.assertEqual(json.loads(self.cli(*prompts).decode()), prompts)
+
+    def test_come_one_a_line_from_stdin(self):
+        """With - or a pipe, each line of stdin is a prompt; a BOM and blank lines are none."""
+        for stdin, expected in (
+                (b"", []), (b"a", ["a"]), (b"a\r\n\n  \nb\n", ["a", "b"]), (BOM + b"a\n", ["a"]),
+                (b"{not json\n[draft] b\n12\n", ["{not json", "[draft] b", "12"]),
+                ("a\u2028b\x85c\x0bd\n".encode(), ["a\u2028b\x85c\x0bd"]),
+                ("«oui»\n«non»\n".encode(), ["«oui»", "«non»"]),
+                ("！（x）\n！y\n".encode(), ["！（x）", "！y"]), (b"a\n\0\0\0", ["a"])):
+            for argv in ((), ("-",)):
+                with self.subTest(stdin=stdin, argv=argv), self.serve(forever=reply_echo):
+                    self.assertEqual(json.loads(self.cli(*argv, stdin=stdin).decode()), expected)
+
+    def test_are_answered_readably(self):
+        """Letters of all scripts stand as themselves, half surrogates as escapes."""
+        with self.serve(reply("Grüße 漢字 \U0001f600"), reply("half \ud83d")):
+            out = self.cli("-c", "1", "a", "b").decode()
+        self.assertIn("Grüße 漢字 \U0001f600", out)
+        self.assertEqual(json.loads(out), ["Grüße 漢字 \U0001f600", "half \ud83d"])
+
+    def test_have_their_places_even_after_a_stop(self):
+        """However a run ends, the array has a place for every prompt, null without an answer."""
+        refuse = status(401, {"error": {"message": "bad key"}})
+        with self.serve(*[reply("0")] + [refuse] * 5):
+            out = self.cli("-c", "1", *map(str, range(9)), expect=3)
+        self.assertEqual(json.loads(out.decode()), ["0"] + [None] * 8)
+
+        def late(request):
+            if request.prompt == "0":
+                return status(503)
+            server.await_requests(3)
+            time.sleep(0.5)
+            return reply_echo(request)
+        with self.serve(forever=late) as server:
+            process = self.start("-c", "3", "--retries", "4", "0", "1", "2")
+            server.await_requests(3)
+            time.sleep(0.2)
+            process.send_signal(signal.SIGTERM)
+            out = self.finish(process, 143)
+        self.assertEqual(json.loads(out.decode()), [None, "1", "2"])
+
+
+class InputRows(CommandLine):
+
+    def test_may_have_many_forms(self):
+        """Batch requests, bare bodies, {"prompt": ...}, JSON strings and plain text are asked."""
+        chat = [{"role": "user", "content": "x"}]
+        body = {"model": "own", "messages": chat}
+        batch = {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": body}
+        bare = dict(body, temperature=0)
+        said = {"model": "m", "messages": chat}
+        wide = {"model": "m", "messages": [{"role": "user", "content": "x\u2028\x85y"}]}
+        for text, name, expected in (
+                (batch, "a", body), (dict(batch, custom_id=7), "7", body), (bare, "line-1", bare),
+                ({"custom_id": "a", "body": body, "note": 1}, "a", body),
+                (dict(batch, url="https://host/v1/chat/completions"), "a", body),
+                ({"prompt": "x"}, "line-1", said), ({"prompt": chat}, "line-1", said),
+                ({"prompt": "x", "n": 2}, "line-1", dict(said, n=2)),
+                ({"custom_id": "é\ud800", "messages": chat}, "é\ud800", said),
+                ("x", "line-1", said),
+                (b"x\n", "line-1", said), (b"x", "line-1", said), (b"  x\r\n", "line-1", said),
+                (BOM + b"x\n", "line-1", said), (b'\n \n"x"\n', "line-3", said),
+                (BOM + line(batch), "a", body), (line(batch) + b"\0\0\0\0", "a", body),
+                ('{"prompt": "x\u2028\x85y"}'.encode(), "line-1", wide)):
+            with self.subTest(text=text), self.serve(reply("yes")) as server:
+                self.write("in", [text])
+                row = json.loads(self.cli("-q", "-i", "in").decode())
+                self.assertEqual(server.requests[0].body, expected)
+                self.assertEqual((row["custom_id"], row["error"]), (name, None))
+
+    def test_that_are_bad_fail_alone(self):
+        """A bad row becomes an error row with its line; it is not sent, and stops nothing."""
+        batch = {"custom_id": "bad", "body": {"messages": [{"role": "user", "content": "x"}]}}
+        bad = [(b"{\n", "invalid_json_line"), (b'{"prompt": NaN}\n', "invalid_json_line"),
+               (b"\xff\xfe\n", "invalid_json_line"), (b"{" * 5000 + b"\n", "invalid_json_line")]
+        bad += [(value, "invalid_request") for value in (
+            dict(batch, url="/v1/embeddings"), dict(batch, method="GET"), dict(batch, body="x"),
+            {"custom_id": "x"}, {"prompt": "x", "stream": True}, {"prompt": 5}, {"prompt": []},
+            b"[1, 2]\n", {"prompt": "x", "model": 5})]
+        for text, code in bad:
+            self.write("in", ["first", text, "last"])
+            with self.subTest(text=text):
+                with self.serve(reply("1"), reply("3")):
+                    self.cli("-c", "1", "-q", "-i", "in", "-o", "out", expect=1)
+                error = self.results()[1]["error"]
+                self.assertEqual((error["code"], error["line"]), (code, 2))
+                self.assertEqual([text for _, text in self.answers()], ["1", code, "3"])
+                os.unlink("out")
+                self.cli("--dry-run", "-i", "in", expect=1)
+                self.assertIn("3 rows, 1 bad", self.err)
+
+    def test_with_one_name_are_refused(self):
+        """Two rows of one custom_id end the run before anything is sent."""
+        for again in ({"custom_id": "r0", "prompt": "x"}, {"custom_id": "line-1", "prompt": "x"}):
+            with self.subTest(again=again), self.serve():
+                self.write("in", ["text"] + rows(2) + [again])
+                self.cli("-i", "in", "-o", "out", expect=2)
+                self.assertIn(repr(again["custom_id"]), self.err)
+
+    def test_come_from_a_pipe_too(self):
+        """A pipe is read as it comes: the first results are out before its end."""
+        with self.serve(forever=reply_echo):
+            process = self.start("-i", "-", "-o", "-")
+            process.stdin.write(b"".join(map(line, rows(2))))
+            process.stdin.flush()
+            for name in ("r0", "r1"):
+                row = json.loads(process.stdout.readline().decode())
+                self.assertEqual(row["custom_id"], name)
+            out = self.finish(process, 1, stdin=line(rows(1)[0]) + line(rows(1, 2)[0])).decode()
+        self.assertEqual([json.loads(row)["error"] is None for row in out.splitlines()],
+                         [False, True])
+
+    def test_have_models_fields_and_a_system_message(self):
+        """-m and --param fill what a row leaves open; --system precedes its prompt."""
+        self.write("in", [{"prompt": "x"}, {"prompt": "y", "model": "own", "top_p": 1}])
+        with self.serve(reply("1"), reply("2")) as server:
+            self.cli("-c", "1", "-i", "in", "--system", "Be kind.", "--param", "top_p=0.5",
+                     "--param", "stop=[1]", "--param", "user=me")
+        system = {"role": "system", "content": "Be kind."}
+        self.assertEqual([request.body for request in server.requests], [
+            {"model": model, "top_p": top_p, "stop": [1], "user": "me", "messages": [
+                system, {"role": "user", "content": text}]}
+            for model, top_p, text in (("m", 0.5, "x"), ("own", 1, "y"))])
+
+
+class OutputRows(CommandLine):
+
+    def test_have_the_batch_format(self):
+        """Four keys; a failure is told both in response.body and in error."""
+        refusal = {"error": {"message": "no", "code": "odd", "type": "t", "param": None}}
+        answer = {"model": "m-2024", "choices": [{"message": {"content": "yes"}}], "x": [1]}
+        head = {"x-request-id": "q1"}
+        for script, response, error in (
+                (status(200, answer, head), {"status_code": 200, "request_id": "q1",
+                                             "body": answer}, None),
+                (status(400, refusal, head), {"status_code": 400, "request_id": "q1",
+                                              "body": refusal}, "odd"),
+                (status(404, {"detail": "x"}), {"status_code": 404, "request_id": None,
+                                                "body": {"detail": "x"}}, "http_404"),
+                (hang_up(), None, "connection_error"), (stall(), None, "timeout")):
+            with self.subTest(error=error), self.serve(script):
+                self.write("in", rows(1))
+                row = json.loads(self.cli("-q", "-i", "in", "--timeout", "0.3",
+                                          expect=int(bool(error))).decode())
+                self.assertEqual(sorted(row), ["custom_id", "error", "id", "response"])
+                self.assertRegex(row["id"], "^batch_req_")
+                self.assertEqual(row["response"], response)
+                self.assertEqual(row["error"] and row["error"]["code"], error)
+                self.assertIsInstance(row["error"] and row["error"]["message"], (str, type(None)))
+        with self.serve(status(502, "<html>" + "x" * (1 << 20))):
+            row = self.cli("-q", "-i", "in", expect=1)
+        self.assertLess(len(row), 80 << 10)
+        self.assertIn("error", json.loads(row.decode())["response"]["body"])
+
+    def test_are_in_the_order_of_the_input(self):
+        """Whatever is answered first: the file, and a pipe, have the rows in order."""
+        def late(request):
+            if request.prompt == "p0":
+                server.await_requests(8)
+            return status(400, "no") if request.prompt == "p3" else reply_echo(request)
+        expected = [("r%d" % n, "http_400" if n == 3 else "p%d" % n) for n in range(9)]
+        self.write("in", rows(9))
+        with self.serve(forever=late) as server:
+            self.cli("-i", "in", "-o", "out", expect=1)
+            self.assertEqual(self.answers(), expected)
+        with self.serve(forever=late) as server:
+            self.write("piped", [self.cli("-i", "in", "-o", "-", expect=1)])
+            self.assertEqual(self.answers("piped"), expected)
+        self.assertEqual(sorted(os.listdir(".")), ["in", "out", "piped"])
+
+
+class AResumedRun(CommandLine):
+
+    def setUp(self):
+        super().setUp()
+        self.write("in", rows(4))
+
+    def refused(self, *argv, words="", out="out"):
+        """The run ends with status 2, sends nothing and changes nothing."""
+        before = {name: self.read(name) for name in os.listdir(".")}
+        with self.serve():
+            self.cli(*(argv or ("-i", "in", "-o", out)), expect=2)
+        self.assertEqual({name: self.read(name) for name in before}, before)
+        self.assertIn(words, self.err)
+
+    def test_asks_only_what_is_missing_or_failed(self):
+        """The same command again sends the rest; then nothing."""
+        with self.serve(reply("0"), status(400, "no"), reply("2"), status(400, "no")):
+            self.cli("-c", "1", "-i", "in", "-o", "out", expect=1)
+        self.assertIn("to go on: python3 ", self.err)
+        with self.serve(reply("1"), reply("3")) as server:
+            self.cli("-c", "1", "-i", "in", "-o", "out")
+            self.assertEqual([request.prompt for request in server.requests], ["p1", "p3"])
+        self.assertEqual(self.answers(), [("r%d" % n, str(n)) for n in range(4)])
+        self.refused("-i", "in", "-o", "in", words="in is the input")
+        before = self.read("out")
+        with self.serve():
+            self.cli("-i", "in", "-o", "out")
+        self.assertEqual(self.read("out"), before)
+
+    def test_knows_a_failure_in_every_shape(self):
+        """The odd rows of OpenAI, vLLM and others are asked again; answers are kept as they are."""
+        def said(body, code=200):
+            return {"response": {"status_code": code, "request_id": "", "body": body}}
+        for failed, fields in (
+                (True, said({"error": {"message": "no"}}, 400)),
+                (True, {"response": None, "error": {"code": "batch_expired", "message": "x"}}),
+                (True, {"response": None, "error": {"code": "batch_cancelled", "message": "x"}}),
+                (True, dict(said(None, 400), error={"error": {"message": "x", "code": 400}})),
+                (True, dict(said(None, 400), error="The model does not support Chat")),
+                (True, said({}, 0)), (True, said({})), (True, said(None)),
+                (True, said({"error": {"message": "no"}})), (True, {"response": None}),
+                (True, {"response": []}), (True, {"error": {"code": "x", "message": "y"}}),
+                (True, said({"choices": []}, [])),
+                (False, {}), (False, {"response": {"choices": [{"message": {"content": "old"}}]}})):
+            with self.subTest(fields=fields):
+                kept = line(result("r0", **fields))
+                self.write("out", [kept] + [result("r%d" % n) for n in (1, 2, 3)])
+                with self.serve(*[reply("new")] * failed):
+                    self.cli("-i", "in", "-o", "out")
+                self.assertEqual(self.read("out").startswith(kept), not failed)
+                self.assertEqual([row["custom_id"] for row in self.results()],
+                                 ["r0", "r1", "r2", "r3"])
+        self.write("out", [result("r0"), result("r0", response=None)] + [
+            result("r%d" % n) for n in (1, 2, 3)])
+        with self.serve():  # answered once is answered
+            self.cli("-i", "in", "-o", "out")
+        self.assertEqual(self.answers(), [("r%d" % n, "old") for n in range(4)])
+
+    def test_reads_an_end_that_was_torn_or_has_no_newline(self):
+        """Half a row is asked again, a whole one without its newline is not."""
+        with self.serve(forever=reply_echo):
+            self.cli("-i", "in", "-o", "out")
+        whole = self.read("out")
+        last = whole.rindex(b"\n", 0, -1) + 1
+        for cut, asked in ((len(whole) - 1, 0), (len(whole) - 2, 1), (last + 9, 1), (last, 1),
+                           (last - 1, 1), (9, 4), (1, 4), (0, 4)):
+            with self.subTest(cut=cut), self.serve(forever=reply_echo) as server:
+                self.write("out", [whole[:cut]])
+                self.cli("-i", "in", "-o", "out")
+                self.assertEqual(len(server.requests), asked)
+                self.assertEqual(self.read("out").rstrip(b"\n"), whole.rstrip(b"\n"))
+
+    def test_leaves_a_file_that_is_not_its_own(self):
+        """Notes, requests, other JSON and results of other rows are refused, and stay."""
+        self.write("other", [result("r9")])
+        self.write("requests", rows(4))
+        for number, data in enumerate((b"my notes", b"my\nnotes\n", b"my\nnotes", b'{"a": 1}',
+                                       b'{"a": 1}\n', b"[1, 2]", b"\x00\x01", b"\n\n",
+                                       self.read("other"), self.read("requests"))):
+            with self.subTest(data=data):
+                self.write("file", [data])
+                self.refused(out="file")
+        with self.serve(forever=reply_echo):
+            self.cli("-i", "in", "-o", "out")
+        self.refused("-i", "out", "-o", "in")  # the two confused
+
+    def test_refuses_a_row_that_has_changed(self):
+        """A custom_id that now asks something else ends the run; from a pipe, nothing is lost."""
+        with self.serve(forever=reply_echo):
+            self.cli("-i", "in", "-o", "out")
+        self.write("in", [dict(rows(1)[0], prompt="changed")] + rows(3, 1))
+        self.refused(words="another input")
+        self.write("in", rows(3))
+        self.refused(words="another input")
+        with self.serve(forever=reply_echo):
+            process = self.start("-i", "-", "-o", "out")
+            process.communicate(line(dict(rows(1)[0], prompt="changed")), TIMEOUT)
+        self.assertEqual({name for name, text in self.answers() if text == "p" + name[1:]},
+                         {"r0", "r1", "r2", "r3"})
+
+    def test_refuses_an_output_that_is_the_input(self):
+        """By whatever name it is called."""
+        os.symlink("in", "soft")
+        os.link("in", "hard")
+        for name in ("in", "soft", "hard", os.path.abspath("in")):
+            with self.subTest(name=name):
+                self.refused(out=name)
+
+    def test_waits_for_no_other_run(self):
+        """A file that a run writes to cannot be another's."""
+        with self.serve(forever=lambda request: stall()) as server:
+            self.start("-i", "in", "-o", "out", stdin=subprocess.DEVNULL)
+            server.await_requests(4)
+            os.environ["COMETAPI_BASE_URL"] = "http://127.0.0.1:9/v1"
+            self.cli("-i", "in", "-o", "out", expect=2)
+            self.assertIn("another run", self.err)
+
+
+class AnAccident(CommandLine):
+
+    def test_of_sigkill_costs_what_was_in_flight(self):
+        """Killed again and again: every answer once, none asked for again, few paid twice."""
+        count, width, asked = 40, 4, []
+
+        def answer(request):
+            time.sleep(0.002)
+            asked.append(request.prompt)
+            return reply_echo(request)
+        self.write("in", rows(count))
+        with self.serve(forever=answer) as server:
+            for kill in range(3):
+                known, before = re.findall(rb'"(r\d+)", "response": {', self.kept()), len(asked)
+                process = self.start("-c", str(width), "-q", "-i", "in", "-o", "out",
+                                     stdin=subprocess.DEVNULL)
+                end = time.monotonic() + TIMEOUT
+                while len(asked) < before + 6 + kill and time.monotonic() < end:
+                    time.sleep(0.003)
+                process.kill()
+                process.wait()
+                self.assertFalse({"p" + name.decode()[1:] for name in known} & {*asked[before:]})
+            self.cli("-c", str(width), "-i", "in", "-o", "out")
+        self.assertEqual(self.answers(), [("r%d" % n, "p%d" % n) for n in range(count)])
+        self.assertLessEqual(len(asked), count + 3 * width)
+        self.assertLessEqual(server.peak, 2 * width)  # the killed one's last may still be counted
+
+    def kept(self):
+        return self.read("out") if os.path.exists("out") else b""
+
+    def test_of_a_full_disk_leaves_whole_rows(self):
+        """The run stops, resumable, with whole rows; with room again it is finished."""
+        limit = ("import os, resource, sys\n"
+                 "resource.setrlimit(resource.RLIMIT_FSIZE, (1444, 1444))\n"
+                 "os.execv(sys.argv[1], sys.argv[1:])")
+        self.write("in", rows(20))
+        with self.serve(forever=reply_echo) as server:
+            self.finish(self.start("-i", "in", "-o", "out", wrap=(sys.executable, "-c", limit)), 3)
+            self.assertIn("cannot be written", self.err)
+            self.assertTrue(0 < self.read("out").count(b"\n") == len(self.results()) < 20)
+            server.requests.clear()
+            kept = len(self.results())
+            self.cli("-i", "in", "-o", "out")
+            self.assertEqual(len(server.requests), 20 - kept)
+        self.assertEqual(self.answers(), [("r%d" % n, "p%d" % n) for n in range(20)])
+
+    @unittest.skipUnless(os.path.exists("/dev/full"), "there is no /dev/full")
+    def test_of_a_full_device_is_told(self):
+        """Whichever file is full: no traceback, no answer lost, and never the status of success."""
+        self.write("in", rows(3))
+        with self.serve(forever=reply_echo), open("/dev/full", "wb") as full:
+            self.cli("-i", "in", "-o", "/dev/full", expect=3)
+            self.finish(self.start("-i", "in", stdout=full), 3)
+            self.finish(self.start("-i", "in", "-o", "out", stderr=full), 0)
+            os.unlink("out")
+            self.finish(self.start("-i", "in", "-o", "out", "--joblog", "/dev/full"), 0)
+        self.assertTrue(self.answers())
+
+    def test_of_a_reader_that_leaves_is_no_failure(self):
+        """`| head -1` ends the run quietly."""
+        self.write("in", rows(200))
+        with self.serve(forever=reply_echo) as server:
+            process = self.start("-i", "in")
+            process.stdout.readline()
+            process.stdout.close()
+            process.stdout = None
+            self.finish(process, 141)
+            self.assertLess(len(server.requests), 200)
+        self.assertEqual(self.err, "")
+
+    def test_of_closed_standard_streams(self):
+        """Without stdout there is nowhere to answer to; stdin and stderr are not needed."""
+        with self.serve(reply("yes"), reply("yes")):
+            cases = [(self.start(*argv, wrap=("sh", "-c", 'exec "$@" ' + closed, "sh")), expect)
+                     for closed, argv, expect in (
+                         ("<&- 2>&-", ("a",), 0), ("<&- >&- 2>&-", ("a",), 2),
+                         ("<&- >&- 2>&-", ("a", "-o", "out"), 0), ("<&-", ("-",), 2))]
+            for process, expect in cases:
+                self.finish(process, expect)
+        self.assertEqual(self.answers(), [("line-1", "yes")])
+
+    def test_of_a_locale_without_letters(self):
+        """LC_ALL=C changes neither the prompts nor the answers."""
+        os.environ.update(LC_ALL="C", PYTHONCOERCECLOCALE="0", PYTHONUTF8="0")
+        os.environ.pop("PYTHONIOENCODING", None)
+        with self.serve(forever=reply_echo) as server:
+            out = self.finish(self.start("-q", "Grüße 漢".encode()), 0)
+        self.assertEqual(server.requests[0].prompt, "Grüße 漢")
+        self.assertEqual(out.decode(), '["Grüße 漢"]\n')
+
+
+class ASignal(CommandLine):
+
+    def test_lets_what_is_in_flight_come_back(self):
+        """Nothing more is sent, not even again; what was sent is written; 130 or 143."""
+        for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+            def late(request):
+                server.await_requests(2)
+                time.sleep(0.3)
+                return status(503) if request.prompt == "p1" else reply_echo(request)
+            with self.subTest(number=number), self.serve(forever=late) as server:
+                self.write("in", rows(50))
+                process = self.start("-c", "2", "--retries", "4", "-i", "in", "-o", "out")
+                server.await_requests(2)
+                process.send_signal(number)
+                self.finish(process, code)
+                self.assertEqual(len(server.requests), 2)
+                self.assertEqual(self.answers()[0], ("r0", "p0"))
+                self.assertIn("to go on", self.err)
+                os.unlink("out")
+
+    def test_that_comes_twice_ends_at_once(self):
+        """The second one waits for nothing; the file stays good."""
+        with self.serve(reply("0"), stall(), stall()) as server:
+            self.write("in", rows(9))
+            process = self.start("-c", "1", "-i", "in", "-o", "out")
+            server.await_requests(2)
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.3)
+            self.assertIsNone(process.poll())
+            began = time.monotonic()
+            process.send_signal(signal.SIGINT)
+            self.finish(process, 130)
+            self.assertLess(time.monotonic() - began, 1.0)
+            server.script.clear()
+        self.assertEqual(self.answers(), [("r0", "0")])
+
+    def test_needs_no_end_of_the_input(self):
+        """A run whose stdin stays open, or is still being read, ends as cleanly."""
+        with self.serve(reply("yes")) as server:
+            process = self.start("-o", "out")
+            process.stdin.write(b"a\n")
+            process.stdin.flush()
+            server.await_requests(1)
+            time.sleep(0.3)
+            process.send_signal(signal.SIGINT)
+            process.wait(TIMEOUT)  # stdin is closed later
+            self.finish(process, 130)
+        cases = [("fifo1",), ("fifo2", "--dry-run")]
+        for name, *_ in cases:
+            os.mkfifo(name)
+        cases = [(name, self.start("-i", name, *argv)) for name, *argv in cases]
+        for name, process in cases:
+            with open(name, "wb"):  # which waits for its reader
+                time.sleep(0.1)
+                process.send_signal(signal.SIGINT)
+                process.wait(5)
+            self.finish(process, 130)
+
+
+class AStop(CommandLine):
+
+    def test_comes_with_the_deadline(self):
+        """What is in flight then is still written, the rest is left: 3, and resumable."""
+        def late(request):
+            time.sleep(0.7 if request.prompt == "p1" else 0.0)
+            return reply_echo(request)
+        self.write("in", rows(4))
+        with self.serve(forever=late) as server:
+            self.cli("-c", "1", "--deadline", "0.4", "-i", "in", "-o", "out", expect=3)
+            self.assertEqual(len(server.requests), 2)
+        self.assertEqual(self.answers(), [("r0", "p0"), ("r1", "p1")])
+        with self.serve(reply("p2"), reply("p3")):
+            self.cli("-i", "in", "-o", "out")
+
+    def test_comes_where_all_fail_alike_and_for_good(self):
+        """A wrong key, an unknown model or an empty account end the run after a few rows; odd
+        rows do not."""
+        self.write("in", rows(18))
+        refuse, quota = {"error": {"message": "no"}}, {"error": {
+            "message": "no", "code": "insufficient_quota"}}
+        unknown = {"error": {"message": "no", "code": "model_not_found"}}
+        for code, body in ((401, refuse), (403, refuse), (404, unknown), (503, unknown),
+                           (429, quota), (402, refuse)):
+            with self.subTest(code=code), self.serve(forever=status(code, body)) as server:
+                self.cli("-c", "1", "-i", "in", "-o", "out", expect=3)
+                self.assertTrue(2 <= len(server.requests) <= 10, len(server.requests))
+                self.assertIn("to go on", self.err)
+        script = [status(400, refuse)] * 10 + ([status(404, unknown)] * 3 + [reply("x")]) * 2
+        with self.serve(*script):  # the rows of above are asked again
+            self.cli("-c", "1", "-i", "in", "-o", "out", expect=1)
+        self.assertRegex(self.err, r"(?s)10 x http_400.*6 x model_not_found.*2 answered, 16 failed")
+
+    def test_comes_with_max_failures(self):
+        """After so many failed rows."""
+        self.write("in", rows(9))
+        with self.serve(status(400, "no"), reply("1"), status(400, "no")):
+            self.cli("-c", "1", "--max-failures", "2", "-i", "in", "-o", "out", expect=3)
+
+
+class AnOption(CommandLine):
+
+    def test_shard_divides_the_input(self):
+        """The shards of N have every row once."""
+        self.write("in", rows(5) + [b"\n", b"plain\n"])
+        with self.serve(forever=reply_echo):
+            for number in (1, 2):
+                self.cli("--shard", "%d/2" % number, "-i", "in", "-o", "out%d" % number)
+        shards = [[name for name, _ in self.answers("out%d" % number)] for number in (1, 2)]
+        self.assertEqual(sorted(sum(shards, [])), ["line-7", "r0", "r1", "r2", "r3", "r4"])
+        self.assertEqual([len(shard) for shard in shards], [3, 3])
+
+    def test_dry_run_sends_nothing(self):
+        """The input is checked, without a key and from a pipe too; no file is made."""
+        del os.environ["COMETAPI_KEY"]
+        self.write("in", rows(3) + [{"prompt": "x", "model": "own"}])
+        with self.serve():
+            self.cli("--dry-run", "-i", "in", "-o", "out")
+            self.assertIn("4 rows, 0 bad; by model: m x 3, own x 1", self.err)
+            self.finish(self.start("--dry-run"), 0, stdin=b"a\nb\n")
+            self.assertIn("2 rows, 0 bad", self.err)
+        self.assertEqual(os.listdir("."), ["in"])
+
+    def test_joblog_tells_every_attempt(self):
+        """A JSON line for each, appended."""
+        self.write("in", rows(1))
+        cometlimit._wait, cometlimit._now = self.wait, lambda: self.now  # nothing is waited for
+        with self.serve(status(429, "x"), reply("yes"), reply("yes")):
+            self.cli("--retries", "1", "-i", "in", "--joblog", "log")
+            self.cli("-i", "in", "--joblog", "log")
+        self.assertEqual([tuple(row[name] for name in ("status", "attempt", "model", "route"))
+                          for row in self.results("log")], [
+            (code, attempt, "m", "/v1/chat/completions")
+            for code, attempt in ((429, 1), (200, 2), (200, 1))])
+        before = self.read("in")
+        with self.serve():
+            self.cli("-i", "in", "-o", "out", "--joblog", "in", expect=2)
+        self.assertEqual(self.read("in"), before)
+
+    def test_api_key_env_names_where_the_key_is(self):
+        """There alone it is looked for; there is no option that shows it to the world."""
+        os.environ["OTHER_KEY"] = os.environ.pop("COMETAPI_KEY")
+        with self.serve(reply("yes")) as server:
+            self.cli("--api-key-env", "OTHER_KEY", "--joblog", "log", "a")
+            self.assertEqual(server.requests[0].headers["authorization"], "Bearer " + KEY)
+            for argv, words in ((("a",), "set COMETAPI_KEY"), (("--api-key-env", "NO", "a"), "NO"),
+                                (("--api-key", KEY, "a"), "--api-key")):
+                self.cli(*argv, expect=2)
+                self.assertIn(words, self.err)
+                self.assertNotIn(KEY, self.err)
+
+    def test_that_cannot_be_ends_with_2(self):
+        """Whatever is wrong with the command is said before anything is sent or made."""
+        self.write("in", rows(1))
+        for argv in (("-c", "0"), ("-c", "x"), ("--retries", "-1"), ("--timeout", "nan"),
+                     ("--timeout", "0"), ("--shard", "0/2"), ("--shard", "3/2"), ("--shard", "x"),
+                     ("--param", "x"), ("--param", "=1"), ("--base-url", "http://example.org/v1"),
+                     ("--base-url", "x"), ("--no-such",), ("-i", "missing"), ("-i", "."),
+                     ("-o", "."), ("-o", "no/such/folder"), ("--joblog", "no/such"), ("prompt",),
+                     ("--deadline", "-1"), ("--deadline", "nan"), ("--max-failures", "-1"),
+                     ("-m", "")):
+            with self.subTest(argv=argv), self.serve():
+                self.cli("-i", "in", *argv, expect=2)
+                self.assertIn("error: ", self.err)
+        with self.serve():
+            os.environ["COMETAPI_KEY"] = "a b"
+            self.cli("a", expect=2)
+        self.assertEqual(os.listdir("."), ["in"])
+
+    def test_quiet_leaves_only_what_failed(self):
+        """-q shows neither progress nor summary; without it stdout has still but the answers."""
+        with self.serve(reply("yes"), reply("yes")):
+            self.assertEqual(self.cli("-q", "a"), b'["yes"]\n')
+            self.assertEqual(self.err, "")
+            self.assertEqual(self.cli("a"), b'["yes"]\n')
+            self.assertRegex(self.err, r"(?s)^model .*\nm +1 +1 +0 +2 +3 .*200 x 1\n.*1 answered")
+            self.assertNotRegex(self.err, "[\x1b\r]")
+
+    def test_version_and_help_are_short(self):
+        """--help fits two screens of 24 lines and shows three examples."""
+        os.environ.update(COLUMNS="80", LINES="24")
+        self.assertEqual(self.cli("--version").decode(),
+                         "cometlimit %s\n" % cometlimit.__version__)
+        text = self.cli("--help").decode()
+        self.assertLessEqual(sum(1 + len(row) // 81 for row in text.splitlines()), 48)
+        self.assertEqual(len(re.findall(r"^ +python3 cometlimit\.py ", text, re.M)), 3)
+
+class TheDemo(CommandLine):
+
+    def test_shows_it_all(self):
+        """In a few seconds, without key or network, and plain in a pipe."""
+        out = self.finish(self.process, 0).decode()
+        self.assertLess(float(re.search(r", (\d+\.\d) s\n$", self.err).group(1)), 10.0)
+        self.assertRegex(out.splitlines()[-1], r"answered: \d+, refused.*: [1-9]\d*, lost: 0$")
+        self.assertIn("429 x", self.err)
+        self.assertNotRegex(out + self.err, "[\x1b\r]")
+
+
+class TheBar(CommandLine):
+
+    def test_stays_within_its_line(self):
+        """On a terminal a bar is drawn in one line, whatever the width, and is cleared."""
+        import fcntl
+        import pty
+        import struct
+        import termios
+        self.write("in", rows(4))
+        master, slave = pty.openpty()
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 40, 0, 0))
+
+        def slow(request):
+            time.sleep(0.2)
+            return status(400, "\x1b[31mred") if request.prompt == "p3" else reply_echo(request)
+        with self.serve(forever=slow):
+            self.finish(self.start("-c", "1", "-i", "in", stderr=slave), 1)
+        os.close(slave)
+        shown = b""
+        with contextlib.suppress(OSError), open(master, "rb", buffering=0) as screen:
+            for data in iter(lambda: screen.read(4096), b""):
+                shown += data
+        bars = re.findall(r"(\[[# ]*\].*?)\x1b\[K\r", shown.decode())
+        self.assertTrue(2 <= len(bars) <= 8, shown)
+        self.assertRegex(bars[-1], r"\d/4")
+        self.assertNotIn("\x1b[31m", shown.decode())  # nothing of the server's steers it
+        self.assertNotRegex(shown.decode(), r"\][^\r\n]*\n")  # cleared before the summary
+        self.assertLess(max(map(len, bars)), 40)
+
+
+class TheReadme(CommandLine):
+    """What the README shows is what happens."""
+
+    ANSWERS = {"Say hello.": "Hello.", "Write a title.": "A Title"}
+
+    def blocks(self, language):
+        with open(os.path.join(FOLDER, "README.md"), encoding="utf-8") as file:
+            return re.findall("```%s\n(.*?)```" % language, file.read(), re.S)
+
+    def setUp(self):
+        super().setUp()
+        server = Server(forever=lambda request: reply(
+            self.ANSWERS.get(request.body["messages"][-1]["content"], "?")))
+        server.__enter__()
+        self.addCleanup(server.__exit__, None)
+        os.environ["COMETAPI_BASE_URL"] = server.url
+
+    def run_block(self, argv, text):
+        done = subprocess.run(argv, input=text.encode(), stdout=subprocess.PIPE,
+                              stderr=subprocess.PIPE, timeout=TIMEOUT)
+        self.assertEqual(done.returncode, 0, done.stderr.decode())
+        return done.stdout.decode()
+
+    def test_shows_programs_that_run(self):
+        """Each block of Python runs as it stands, and the first one prints what is shown."""
+        shown = self.blocks("text")[0]
+        for number, block in enumerate(self.blocks("python")):
+            if "asyncio.run" in block and sys.version_info < (3, 7):
+                continue
+            with self.subTest(block=block):
+                printed = self.run_block([sys.executable, "-W", "error", "-"], block)
+                self.assertTrue(printed)
+                if number == 0:
+                    self.assertEqual(printed, shown)
+
+    def test_shows_commands_that_run(self):
+        """Each command runs as it stands, with this interpreter for python3."""
+        os.mkdir("bin")
+        os.symlink(sys.executable, "bin/python3")
+        os.symlink(os.path.join(FOLDER, "cometlimit.py"), "cometlimit.py")
+        self.write("requests.jsonl", rows(3))
+        os.environ["PATH"] = os.path.abspath("bin") + os.pathsep + os.environ["PATH"]
+        for block in self.blocks("sh"):
+            if "--demo" not in block:  # which TheDemo runs
+                with self.subTest(block=block):
+                    printed = self.run_block(["sh", "-e"], block)
+                    if "Say hello" in block:
+                        self.assertEqual(json.loads(printed), list(self.ANSWERS.values()))
+        self.assertEqual(len(self.results("results.jsonl")), 3)
+
+    def test_knows_every_knob(self):
+        """Its table names each of Client's parameters, and no other."""
+        with open(os.path.join(FOLDER, "README.md"), encoding="utf-8") as file:
+            table = file.read().partition("| `Client(...)` |")[2].partition("\n\n")[0]
+        self.assertEqual(re.findall(r"(?m)^\| `(\w+)` \|", table),
+                         [name for name in parameters(cometlimit.Client)])
 
 
 if __name__ == "__main__":
