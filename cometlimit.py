@@ -296,6 +296,8 @@ class Client:
 
         `params` go into the request's body untouched: model=, temperature=, max_tokens= ...
         """
+        if any(wire.thread is threading.current_thread() for wire in self._pool.wires):
+            raise ConfigurationError("a callback would wait for itself here: use submit()")
         call = self.submit(prompt, **params)
         try:
             done: Completion = call.result()
@@ -444,7 +446,7 @@ class _Call(concurrent.futures.Future):
 def _tell(level: int, *words: Any, **options: Any) -> None:
     try:
         logging.getLogger("cometlimit").log(level, *words, **options)
-    except Exception:  # a handler that fails must not cost an answer
+    except BaseException:  # a handler that fails, or exits, must not cost an answer
         pass
 
 
@@ -910,6 +912,7 @@ class _Wire:
         self.connected = False             # TCP and TLS stand
         self.heard = False                 # a byte of the present answer has come
         self.cut = False                   # hung up on
+        self.surplus = False               # more has come than the answer
 
     def begin(self, call: _Call) -> _Call:
         self.call, self.cut = call, False
@@ -923,13 +926,13 @@ class _Wire:
         server read it and died cannot be excluded; browsers take the same risk.
         """
         self.expires = expires
-        if self.sock is not None and _readable(self.sock):
+        if self.sock is not None and (getattr(self.sock, "pending", int)() or _readable(self.sock)):
             self.close()  # closed by the server, or out of step: nothing is due on an idle line
         kept = self.sock is not None
         try:
             return self._exchange(payload)
-        except _HANG_UPS:
-            if not kept or self.heard or self.cut:
+        except OSError as fault:
+            if not _hung_up(fault) or not kept or self.heard or self.cut:
                 raise
             return self._exchange(payload)
 
@@ -968,13 +971,15 @@ class _Wire:
             self.arm()
             try:
                 self.sock.sendall(b"%s%d\r\n\r\n%s" % (self.endpoint.head, len(payload), payload))
-            except _HANG_UPS:
+            except OSError as fault:
+                if not _hung_up(fault):
+                    raise
                 early = True  # a refusal, 413 say, may lie there; if not, reading fails as well
             response = self._response("POST")
             body = self._read(response)
             # After a 1xx other than 100 the real answer is still to come.
             keep = response.isclosed() and not (
-                early or response.will_close or response.status < 200)
+                early or self.surplus or response.will_close or response.status < 200)
             return _Answer(response.status, response.headers, body)
         finally:
             if not keep:
@@ -990,7 +995,9 @@ class _Wire:
                 raise _Refused(response.status, response.reason)
         if endpoint.context:
             self.arm()
-            self.sock = endpoint.context.wrap_socket(self.sock, server_hostname=endpoint.address[0])
+            self.sock = endpoint.context.wrap_socket(  # in two steps, so that hang_up() finds it
+                self.sock, server_hostname=endpoint.address[0], do_handshake_on_connect=False)
+            self.sock.do_handshake()
         self.connected = True
         if self.cut:
             raise ConnectionAbortedError("hung up")
@@ -1015,7 +1022,7 @@ class _Wire:
     def _response(self, method: str) -> http.client.HTTPResponse:
         """The head of an answer, of which every part, as of its body, is due by `expires`."""
         response = http.client.HTTPResponse(self.sock, method=method)
-        response.fp = io.BufferedReader(_Timed(self, response.fp.detach()))
+        response.fp = _Reader(_Timed(self, response.fp.detach()))
         response.begin()
         return response
 
@@ -1042,14 +1049,17 @@ class _Timed(io.RawIOBase):
     """A socket's bytes until its wire's time is up: its own timeout begins anew with each byte."""
 
     def __init__(self, wire: _Wire, raw: Any) -> None:
-        self.wire, self.raw = wire, raw
+        self.wire, self.raw, self.room = wire, raw, 2 * _MAX_ANSWER
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> Any:
+        if self.room <= 0:  # http.client would read a chunk of -1 bytes for ever
+            raise ValueError("the answer is too long")
         self.wire.arm()
         count = self.raw.readinto(buffer)
+        self.room -= count
         self.wire.heard = self.wire.heard or count > 0
         return count
 
@@ -1058,9 +1068,23 @@ class _Timed(io.RawIOBase):
         super().close()
 
 
+class _Reader(io.BufferedReader):
+    """An answer's bytes. What is left of them at its end would be taken for the next answer."""
+
+    def close(self) -> None:
+        if not self.closed:
+            self.raw.readinto = lambda buffer: 0  # type: ignore  # peek() is not to wait for more
+            self.raw.wire.surplus = bool(self.peek(1))  # type: ignore
+        super().close()
+
+
 _HANG_UPS: Tuple[Type[BaseException], ...] = (ConnectionError,) + (
     (ssl.SSLEOFError, ssl.SSLZeroReturnError) if ssl else ())
 _FAULTS = (OSError, http.client.HTTPException, ValueError)
+
+
+def _hung_up(fault: BaseException) -> bool:  # 3.6 and 3.7 have no class for OpenSSL 3's words
+    return isinstance(fault, _HANG_UPS) or "unexpected eof" in str(fault)
 
 
 def _readable(sock: socket.socket) -> bool:
@@ -1082,6 +1106,8 @@ def _tls_context(ca_file: Optional[str]) -> Any:
         context.set_alpn_protocols(["http/1.1"])
         if hasattr(ssl, "TLSVersion"):  # before 3.7, and until 3.9 by default, anything goes
             context.minimum_version = max(context.minimum_version, ssl.TLSVersion.TLSv1_2)
+        else:
+            context.options |= ssl.OP_NO_TLSv1 | ssl.OP_NO_TLSv1_1
         if extra:
             context.load_verify_locations(**{"capath" if os.path.isdir(extra) else "cafile": extra})
         return context
@@ -1107,7 +1133,8 @@ def _proxy(scheme: str, netloc: str) -> Tuple[Optional[Tuple[str, int]], str]:
         return None, ""  # http is for this machine alone: no other one shall see the key
     if not parts.username:
         return (host, port), ""
-    login = urllib.parse.unquote("%s:%s" % (parts.username, parts.password or "")).encode()
+    login = urllib.parse.unquote_to_bytes(os.fsencode(
+        "%s:%s" % (parts.username, parts.password or "")))
     return (host, port), "Proxy-Authorization: Basic %s\r\n" % (
         binascii.b2a_base64(login, newline=False).decode())
 
@@ -1132,7 +1159,7 @@ def _translate(fault: BaseException, connected: bool, key: str) -> Error:
         passing = fault.args[0] in RETRYABLE
         return APIConnectionError("the proxy refuses: %d %s" % fault.args, retryable=passing,
                                   overload=503 if passing else None)
-    tls = ssl and isinstance(fault, ssl.SSLError) and not isinstance(fault, _HANG_UPS)
+    tls = ssl and isinstance(fault, ssl.SSLError) and not _hung_up(fault)
     if tls and not connected:
         return APIConnectionError("TLS cannot be set up. " + text)
     if isinstance(fault, _FAULTS):
@@ -1143,7 +1170,7 @@ def _translate(fault: BaseException, connected: bool, key: str) -> Error:
 def _understand(answer: _Answer, key: str) -> Union[Completion, Error]:
     """The Completion that an answer holds, or the Error that it stands for."""
     try:
-        data = _parse(answer.body.decode("utf-8-sig"))
+        data = _parse(answer.body.decode().lstrip("\ufeff"))
         choice = data["choices"][0]
         text = choice["message"].get("content")
         if not 200 <= answer.status < 300 or data.get("error"):
@@ -1151,7 +1178,7 @@ def _understand(answer: _Answer, key: str) -> Union[Completion, Error]:
     except (ValueError, LookupError, TypeError, AttributeError):
         return _failure(answer, key)
     if isinstance(text, list):  # of parts, as some gateways have it
-        text = "".join(str(part.get("text", "")) for part in text if isinstance(part, dict))
+        text = "".join(str(part.get("text") or "") for part in text if isinstance(part, dict))
     usage = data.get("usage")
     return Completion(text if isinstance(text, str) else "", str(data.get("model") or ""),
                       choice.get("finish_reason"), usage if isinstance(usage, dict) else {},
@@ -1160,7 +1187,7 @@ def _understand(answer: _Answer, key: str) -> Union[Completion, Error]:
 
 def _failure(answer: _Answer, key: str) -> Error:
     """The Error for an answer that is no completion: the server's words, and the verdict."""
-    text = answer.body[:_MAX_ERROR].decode("utf-8", "replace")
+    text = answer.body[:_MAX_ERROR].decode("utf-8", "replace").lstrip("\ufeff")
     body = _loosely(text)  # first, for JSON has many ways to write the key
     body = _redact(text, key) if body is text else _loosely(_redact(json.dumps(body), key))
     error = body.get("error") if isinstance(body, dict) else None
@@ -1188,7 +1215,8 @@ def _verdict(answer: _Answer, words: Dict[str, str], may: bool) -> Tuple[Optiona
     status: Optional[int] = answer.status
     if answer.status < 300:
         status = int(code) if re.match(r"[1-5]\d\d$", code) else None
-    if code == "bad_response_status_code" and words.get("param", "").isdigit():
+    if code == "bad_response_status_code" and re.match(
+            "[1-5][0-9][0-9]$", words.get("param", "")):
         status = int(words["param"])  # the upstream's own, which the gateway hid
     if hint in ("true", "false"):
         return status, hint == "true"
@@ -1202,13 +1230,13 @@ def _verdict(answer: _Answer, words: Dict[str, str], may: bool) -> Tuple[Optiona
 
 def _parse(text: str, depth: int = _MAX_DEPTH) -> Any:
     """The value of a JSON text, no matter who wrote it. Raises ValueError."""
-    if text.count("[") + text.count("{") > depth:  # each round cancels out the innermost pairs
+    if text.count("[") + text.count("{") > depth:  # those outside of strings are what counts
         outside = "".join(text.replace("\\\\", "").replace('\\"', "").split('"')[::2])
-        brackets = re.sub(r"[^][]", "", outside.translate({ord("{"): "[", ord("}"): "]"}))
-        for _ in range(depth):
-            brackets = brackets.replace("[]", "")
-        if brackets:
-            raise ValueError("JSON that is cut off, or nested more than %d deep" % depth)
+        level = 0
+        for run in re.finditer(r"[\[{]+|[\]}]+", outside):
+            level += len(run.group()) if run.group()[0] in "[{" else -len(run.group())
+            if level > depth:
+                raise ValueError("JSON nested more than %d deep" % depth)
     return _decode(text)
 
 
@@ -1224,7 +1252,16 @@ def _no_constant(name: str) -> Any:
     raise ValueError("%s is no JSON" % name)
 
 
-_decode = json.JSONDecoder(parse_constant=_no_constant).decode
+def _number(kind: Callable[[str], Any]) -> Callable[[str], Any]:
+    def number(digits: str) -> Any:
+        if len(digits) > 400 or abs(kind(digits)) == math.inf:  # int() takes minutes, dumps() inf
+            raise ValueError("a number beyond all bounds")
+        return kind(digits)
+    return number
+
+
+_decode = json.JSONDecoder(parse_constant=_no_constant, parse_float=_number(float),
+                           parse_int=_number(int)).decode
 
 
 def _redact(text: str, key: str) -> str:
@@ -1249,7 +1286,7 @@ def _retry_after(headers: http.client.HTTPMessage) -> Optional[float]:
     for name, unit in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
         waits = [0.0]
         for value in headers.get_all(name, ()):
-            if re.match(r"\s*[0-9]+(\.[0-9]*)?\s*$", value):  # float() takes inf and 1_0, too
+            if re.match(r"[ \t]*[0-9]+(\.[0-9]*)?[ \t]*\Z", value):  # float() takes 1_0 and inf
                 waits.append(float(value) * unit)
             elif _timestamp(value):
                 waits.append(_timestamp(value) - (_timestamp(headers.get("date", "")) or _wall()))
@@ -1263,7 +1300,7 @@ def _timestamp(date: str) -> float:
     try:  # parsedate_to_datetime takes asctime's form, which names no zone, for local time
         parts = email.utils.parsedate_tz(date)
         return float(email.utils.mktime_tz(parts)) if parts else 0.0
-    except (ValueError, OverflowError, IndexError, TypeError):
+    except (ValueError, OverflowError, LookupError, TypeError, NameError):  # the last by 3.6's bug
         return 0.0
 
 
@@ -1272,7 +1309,7 @@ def _key(given: Optional[str]) -> str:
     key = key.strip(" \t\r\n\ufeff") if isinstance(key, str) else ""
     if not key:
         raise ConfigurationError("there is no API key: set COMETAPI_KEY, or pass api_key=")
-    if not re.match("[!-~]+$", key):  # http.client would send some of these, or show the key
+    if not re.match(r"[!-~]+\Z", key):  # http.client would send some of these, or show the key
         raise ConfigurationError("the API key has a character that no key has (a space, a line "
                                  "break, a typographic quote): copy it again")
     return key
@@ -1281,13 +1318,14 @@ def _key(given: Optional[str]) -> str:
 def _base_url(given: Optional[str], key: str) -> str:
     if given is None:
         given = os.environ.get("COMETAPI_BASE_URL", "").strip() or BASE_URL
-    url = re.sub("(/chat/completions)?/*$", "", str(given).strip())
+    given = str(given).strip()
+    url = re.sub(r"(/chat/completions)?/*\Z", "", given)
     try:
         parts = urllib.parse.urlsplit(url)
         host, port = parts.hostname or "", parts.port
         host.encode("idna")  # fails for a part of more than 63 letters
         problem = next((words for bad, words in (
-            (not re.match("[!-~]*$", url), "a character that no URL has"),
+            (not re.match(r"[!-~]*\Z", url), "a character that no URL has"),
             (parts.scheme not in ("http", "https"), "https:// is missing"),
             (not host or port == 0, "no host or no port"),
             ("@" in parts.netloc, "a user name (the key goes into COMETAPI_KEY)"),
@@ -1352,7 +1390,7 @@ def _say(text: str, end: str = "\n") -> None:
 def _options(argv: Optional[List[str]]) -> Any:
     import argparse  # here, as the library's start is not to wait for it
     parser = argparse.ArgumentParser(
-        prog="cometlimit", description=__doc__.splitlines()[0], epilog=_EPILOG, allow_abbrev=False,
+        prog="cometlimit", description=(__doc__ or "").partition("\n")[0], epilog=_EPILOG, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("prompts", nargs="*", metavar="PROMPT", help="or - for one a line on stdin")
@@ -1590,7 +1628,7 @@ class _Checkpoint:
         with open(self.path, "rb") as lines:
             for line in lines:
                 try:
-                    self.learn(_parse(line.decode("utf-8"), 2 * _MAX_DEPTH))
+                    self.learn(_parse(line.decode("utf-8").lstrip("\ufeff"), 2 * _MAX_DEPTH))
                 except (ValueError, LookupError, TypeError, AttributeError):
                     ours = self.found or line[:len(start)] == start[:len(line)]
                     if ours and not line.endswith(b"\n"):

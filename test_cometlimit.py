@@ -16,6 +16,8 @@ import logging
 import os
 import pickle
 import re
+import resource
+import select
 import shutil
 import signal
 import socket
@@ -28,7 +30,10 @@ import threading
 import time
 import traceback
 import tracemalloc
+import types
 import unittest
+import unittest.mock
+import urllib.request
 import warnings
 
 import cometlimit
@@ -1097,14 +1102,12 @@ class ARecord(Case):
         logger.addHandler(handler)
         self.addCleanup(logger.removeHandler, handler)
         with Server(reply("yes")) as server:
-            client, hook = self.client(server), getattr(threading, "excepthook", None)
+            client = self.client(server)
             logger.setLevel("DEBUG")
-            threading.excepthook = lambda *_: None
             try:
                 self.assertEqual(client.submit("Hi").result(1.0).text, "yes")
             finally:
                 logger.setLevel("NOTSET")
-                threading.excepthook = hook
 
 
 class TheMetrics(Case):
@@ -1452,22 +1455,16 @@ class TheEnd(Case):
     def test_of_a_callback_is_not_that_of_a_thread(self):
         """A callback that raises, sys.exit() included, costs no other answer."""
         with Server(forever=reply_echo) as server:
-            client, hook = self.client(server), getattr(threading, "excepthook", None)
-            threading.excepthook = lambda *_: None
-            gate = threading.Event()
-            try:
-                for fault in (ValueError, SystemExit):
-                    def bad(call):
-                        gate.wait(TIMEOUT)
-                        raise fault("callback")
-                    with contextlib.ExitStack() as stack:
-                        if fault is ValueError:
-                            stack.enter_context(self.assertLogs("concurrent.futures", "ERROR"))
-                        client.submit("a").add_done_callback(bad)
-                        gate.set()
-                        self.assertEqual(client.submit("b").result(2.0).text, "b")
-            finally:
-                threading.excepthook = hook
+            client, gate = self.client(server), threading.Event()
+            for fault, logger in ((ValueError, "concurrent.futures"), (SystemExit, "cometlimit")):
+                def bad(call, fault=fault):
+                    gate.wait(TIMEOUT)
+                    raise fault("callback")
+                with self.subTest(fault=fault), self.assertLogs(logger, "ERROR"):
+                    client.submit("a").add_done_callback(bad)
+                    gate.set()
+                    self.assertEqual(client.submit("b").result(TIMEOUT).text, "b")
+                    client._pool.join()
 
     @unittest.skipUnless(hasattr(os, "fork"), "there is no fork here")
     def test_of_a_fork_is_of_no_concern_to_the_other(self):
@@ -2304,6 +2301,1005 @@ class TheReadme(CommandLine):
             table = file.read().partition("| `Client(...)` |")[2].partition("\n\n")[0]
         self.assertEqual(re.findall(r"(?m)^\| `(\w+)` \|", table),
                          [name for name in parameters(cometlimit.Client)])
+
+
+class Port(Server):
+    """A server of anything: job(sock) has each connection to itself."""
+
+    def __init__(self, job, tls=None):
+        super().__init__(tls=tls)
+        self.job = job
+
+    def serve(self, sock, number):
+        if self.tls:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(certificate(self.tls))
+            sock = self.own(context.wrap_socket(sock, server_side=True))
+        with sock:
+            self.job(sock)
+
+
+def read_request(sock):
+    """The bytes of one request, or what has come of it."""
+    data = b""
+    while b"\r\n\r\n" not in data:
+        data += sock.recv(1 << 16) or b"\r\n\r\n"
+    head, _, body = data.partition(b"\r\n\r\n")
+    size = int(head.lower().partition(b"content-length:")[2].split()[0]) if body else 0
+    while len(body) < size:
+        body += sock.recv(1 << 16)
+    return head + b"\r\n\r\n" + body
+
+
+def flood(start, piece, pause=0.0):
+    """These bytes, then a piece after the other until the client hangs up."""
+    def send(sock):
+        sock.sendall(start)
+        while True:
+            sock.sendall(piece)
+            time.sleep(pause)
+    return Line(send)
+
+
+def special(label, name, authority="ca", days=2, extensions=()):
+    """A certificate that something is wrong with, as certificate(label) and Server(tls=label)."""
+    certificate("ca")
+    base, issuer = os.path.join(Certificates.folder, label + "1"), certificate("ca")
+    if label != authority and authority != "ca":
+        issuer = certificate(authority)
+    with open(base + ".cnf", "w") as file:
+        file.write("[req]\ndistinguished_name=dn\nprompt=no\n[dn]\nCN=%s\n[ext]\n%s" % (
+            name, "\n".join(extensions or (
+                "basicConstraints=critical,CA:FALSE", "subjectKeyIdentifier=hash",
+                "authorityKeyIdentifier=keyid", "subjectAltName=IP:" + name))))
+    signer = ("-signkey", base + ".key") if label == authority else (
+        "-CAcreateserial", "-CA", issuer, "-CAkey", issuer)
+    for words in (("req", "-new", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes",
+                   "-config", base + ".cnf", "-keyout", base + ".key", "-out", base + ".csr"),
+                  ("x509", "-req", "-days", str(days), "-in", base + ".csr", "-out", base + ".crt",
+                   "-extfile", base + ".cnf", "-extensions", "ext") + signer):
+        subprocess.run(("openssl",) + words, check=True, stdout=subprocess.DEVNULL,
+                       stderr=subprocess.DEVNULL, timeout=TIMEOUT)
+    with open(base + ".pem", "w") as pem:
+        for end in (".crt", ".key"):
+            with open(base + end) as part:
+                pem.write(part.read())
+    return base + ".pem"
+
+
+HEAD = b"HTTP/1.1 200 OK\r\n"
+GOOD = json.dumps({"choices": [{"message": {"content": "all"}}]}).encode()
+NOWFOLDER = types.SimpleNamespace(url="https://127.0.0.1:1/v1")
+SCHEMES = (None, "127.0.0.1")  # as tls= of a Server
+
+
+class Hostile(Case):
+    """What the classes below share."""
+
+    maxDiff = None
+
+    def client(self, server, **options):
+        if getattr(server, "tls", None):
+            certificate(server.tls)  # now, not at the first handshake
+            options.setdefault("ca_file", certificate("ca"))
+        return super().client(server, **options)
+
+    def outcome_at(self, client, prompt="Hi", **params):
+        try:
+            return client.complete(prompt, **params)
+        except cometlimit.Error as error:
+            return error
+
+
+class AHostileAnswer(Hostile):
+    """Costs at most its attempt: no hang, no crash, no memory, no wrong text."""
+
+    def test_ends_at_the_timeout(self):
+        """Whatever drips or floods, in whichever part, over http and https."""
+        self.real_time()
+        chunked = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
+        early, header = b"HTTP/1.1 100 Continue\r\n\r\n", b"X: y\r\n"
+        lines = [drip(part, 3.0) for part in ("status", "headers", "body", "chunks")] + [
+            flood(b"", early, 0.02), flood(b"", early), flood(chunked + b"0\r\n", header, 0.02),
+            flood(chunked + b"0\r\n", header), flood(HEAD, header, 0.02),
+            flood(HEAD.replace(b"200 OK", b"503 No") + b"\r\n", b" ", 0.02)]
+        for tls in SCHEMES:
+            with Server(*lines, tls=tls) as server, self.client(
+                    server, timeout=0.4, max_retries=0, max_concurrency=len(lines)) as client:
+                for error in client.map(["Hi"] * len(lines), return_exceptions=True):
+                    with self.subTest(tls=tls):
+                        self.assertIsInstance(error, cometlimit.Error)
+                        self.assertTrue(error.retryable, error)
+                        self.assertLess(error.records[0].latency, 2.0)
+
+    def test_is_no_answer_wherever_it_is_cut_off(self):
+        """The end of the connection after any byte is a failure that may pass."""
+        bodies = (HEAD + b"Content-Length: %d\r\n\r\n" % len(GOOD) + GOOD,
+                  HEAD + b"Transfer-Encoding: chunked\r\n\r\n%x\r\n%s\r\n%x\r\n%s\r\n0\r\n\r\n" % (
+                      16, GOOD[:16], len(GOOD) - 16, GOOD[16:]))
+        for tls, step in zip(SCHEMES, (1, 9)):
+            for whole in bodies:
+                cuts = range(0, len(whole), step)
+                with Server(*[raw(whole[:cut]) for cut in cuts], tls=tls) as server:
+                    with self.client(server, max_retries=0) as client:
+                        for cut in cuts:
+                            done = self.outcome_at(client)
+                            if whole[:cut].count(GOOD[-9:]):  # only the framing's end is missing
+                                self.assertEqual(getattr(done, "text", "all"), "all")
+                                continue
+                            with self.subTest(tls=tls, cut=whole[max(0, cut - 20):cut]):
+                                self.assertIsInstance(done, (cometlimit.APIConnectionError,
+                                                             cometlimit.APIResponseError))
+                                self.assertTrue(done.retryable, repr(done))
+                self.assertEqual(len(server.requests), len(cuts))
+
+    def test_takes_no_more_memory_than_is_allowed(self):
+        """A body too long is left unread, however it is framed; an error's sooner."""
+        self.real_time()
+        self.addCleanup(setattr, cometlimit, "_MAX_ANSWER", cometlimit._MAX_ANSWER)
+        chunked = b"Transfer-Encoding: chunked\r\n\r\n"
+        for code, most in ((b"400", cometlimit._MAX_ANSWER), (b"200", 1 << 18)):
+            cometlimit._MAX_ANSWER = most
+            for frame in (b"\r\n", b"Content-Length: 10000000000\r\n\r\n",
+                          chunked + b"fffffffffffff\r\n", chunked + b"-70000\r\n") + (
+                              (chunked + b"-1\r\n",) if code == b"200" else ()):
+                start = b"HTTP/1.1 %s Any\r\n%s" % (code, frame)
+                with Server(flood(start, b" " * (1 << 16))) as server:
+                    with self.client(server, max_retries=0, timeout=0.7) as client:
+                        tracemalloc.start()
+                        try:
+                            error = self.outcome_at(client)
+                            peak = tracemalloc.get_traced_memory()[1]
+                        finally:
+                            tracemalloc.stop()
+                with self.subTest(code=code, frame=frame):
+                    self.assertIsInstance(error, cometlimit.Error)
+                    self.assertLess(peak, 16 << 20)
+                    if b"-" not in frame[:-2].split(b":")[-1]:
+                        self.assertEqual((error.status_code, error.retryable), (int(code), False))
+
+    def test_announces_more_than_comes(self):
+        """A Content-Length of 10 ** 10 is not believed beforehand."""
+        with Server(raw(HEAD + b"Content-Length: 10000000000\r\n\r\n[]"), reply("yes")) as server:
+            self.assertEqual(self.client(server).complete("Hi").attempts, 2)
+
+    def test_is_not_taken_for_another(self):
+        """Odd heads end as a named Error or are understood; the next answer is the next's own."""
+        named, answered = (cometlimit.APIConnectionError, True), "all"
+        body = b"Content-Length: %d\r\n\r\n%s" % (len(GOOD), GOOD)
+        for data, expected in (
+                (b"SSH-2.0-OpenSSH_9.2\r\n", named), (b"\x00" * 300, named), (b"\r\n\r\n", named),
+                (b"HTTP/1.1 abc OK\r\n" + body, named), (b"HTTP/1.1 1000 OK\r\n" + body, named),
+                (b"HTTP/2 200\r\n" + body, named), (b"HTTP/1.1 200 " + b"x" * 70000, named),
+                (HEAD + b"X: y\r\n" * 101 + body, named), (HEAD + b"X: " + b"y" * 70000, named),
+                (HEAD + b"Content-Length: 5\r\n" + body, (cometlimit.APIResponseError, True)),
+                (HEAD + b"X : 1\r\n" + body, answered), (HEAD + b"no colon\r\n" + body, answered),
+                (HEAD + b"Content-Length: -5\r\n\r\n" + GOOD, answered),
+                (HEAD + b"Content-Length: x\r\n\r\n" + GOOD, answered),
+                (HEAD + b"\r\n" + GOOD, answered), (b"HTTP/1.1 200\r\n" + body, answered),
+                (b"HTTP/1.1 100 Go\r\n\r\n" * 3 + HEAD + body, answered),
+                (b"HTTP/1.1 103 Early\r\nLink: x\r\n\r\n" + HEAD + body,
+                 (cometlimit.APIResponseError, True)),
+                (b"HTTP/1.1 999 Any\r\n" + body, (cometlimit.APIStatusError, False)),
+                (b"HTTP/1.1 204 No\r\n\r\n", (cometlimit.APIResponseError, True))):
+            with self.subTest(data=data[:60]), Server(raw(data), reply("next")) as server:
+                with self.client(server, max_retries=0) as client:
+                    done = self.outcome_at(client)
+                    self.assertEqual(getattr(done, "text", None) or (
+                        type(done), done.retryable), expected)
+                    self.assertEqual(client.ask("Hi"), "next")
+
+    def test_may_be_any_json_or_none(self):
+        """Byte order mark, half a surrogate, other encodings, long numbers: text or an Error."""
+        long = b'{"choices": [{"message": {"content": "all"}}], "n": %s}'
+        for body, expected in (
+                (b"\xef\xbb\xbf" + GOOD, "all"), (GOOD.replace(b"all", b"\\ud800"), "\ud800"),
+                (GOOD.decode().encode("utf-16"), None), (b"\x1f\x8b\x08" + GOOD, None),
+                (GOOD.replace(b"all", b"\xff"), None), (long % b"NaN", None),
+                (long % b"-Infinity", None), (long % (b"[" * 150 + b"]" * 150), "all"),
+                (long % (b"[" * 300 + b"]" * 300), None), (b"[" * 100000, None),
+                (b'{"a":' * 100000, None), (b"null", None), (b'"x"', None)):
+            with self.subTest(body=body[:70]), Server(status(200, body)) as server:
+                done = self.outcome_at(self.client(server, max_retries=0))
+                self.assertEqual(getattr(done, "text", None), expected)
+                if expected is None:
+                    self.assertIs(type(done), cometlimit.APIResponseError)
+        for digits in (5000, 1000000):  # int() takes the square of it, where nothing forbids it
+            start = time.monotonic()
+            with Server(status(200, long % (b"9" * digits))) as server:
+                done = self.outcome_at(self.client(server, max_retries=0))
+            with self.subTest(digits=digits):
+                self.assertIsInstance(done, (cometlimit.Completion, cometlimit.APIResponseError))
+                self.assertLess(time.monotonic() - start, 2.0)
+
+    def test_does_not_overrun_a_small_stack(self):
+        """Deep JSON, as an answer or an error, where threads have 1 MiB of stack."""
+        deep = [status(code, text * 200000) for code in (200, 400) for text in ("[", '{"a":')]
+        with Server(*deep) as server:
+            done = run(server, "threading.stack_size(1 << 20)", """
+                for n in range(4):
+                    error = next(client.map(["Hi"], return_exceptions=True))
+                    assert isinstance(error, cometlimit.Error), error""", "max_retries=0")
+        self.assertEqual(done, (0, ""))
+
+
+class AConnectionKept(Hostile):
+    """Never gives a request another one's answer, and never sends it twice without need."""
+
+    def test_drops_what_is_out_of_step(self):
+        """Bytes after a body are never served as the next answer, whenever they come."""
+        wrong = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (
+            len(GOOD), GOOD.replace(b"all", b"BAD"))
+        head = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\nX: " % len(GOOD)
+        aligned = head + b"y" * (8192 - len(head) - 4 - len(GOOD)) + b"\r\n\r\n" + GOOD
+        for tls in SCHEMES:
+            for start, later in ((aligned, False), (aligned, True), (aligned[:-len(GOOD)].replace(
+                    b"y" * 100, b"") + GOOD, False), (aligned, None)):
+                sent = threading.Event()
+
+                def send(sock):
+                    sock.sendall(start + (b"" if later else wrong if later is False else b" "))
+                    if later:
+                        time.sleep(0.02)
+                        sock.sendall(wrong)
+                    sent.set()
+                with Server(Line(send, keep=True), reply("next"), tls=tls) as server:
+                    with self.client(server, max_retries=0) as client:
+                        self.assertEqual(client.ask("Hi"), "all")
+                        self.assertTrue(sent.wait(TIMEOUT))
+                        time.sleep(0.01)
+                        with self.subTest(tls=tls, size=len(start), later=later):
+                            self.assertEqual(client.ask("Hi"), "next")
+
+    def test_is_not_used_after_an_interim_answer(self):
+        """After a 103 the real answer is still to come: not to the next request."""
+        early = raw(b"HTTP/1.1 103 Early\r\n\r\n", keep=True)
+        with Server(early, reply("next")) as server, self.client(server, max_retries=0) as client:
+            self.assertIsInstance(self.outcome_at(client), cometlimit.Error)
+            self.assertEqual(client.ask("Hi"), "next")
+        self.assertEqual(server.connections, 2)
+
+    def test_is_not_used_after_a_timeout(self):
+        """An answer that comes too late is nobody's."""
+        self.real_time()
+        for tls in SCHEMES:
+            late = threading.Event()
+
+            def send(sock):
+                late.wait(TIMEOUT)
+                reply("late").send(sock)
+            with self.subTest(tls=tls):
+                with Server(Line(send, keep=True), reply("next"), tls=tls) as server:
+                    client = self.client(server, max_retries=0, timeout=0.3)
+                    error = self.outcome_at(client)
+                    late.set()
+                    self.assertIs(type(error), cometlimit.APITimeoutError)
+                    self.assertEqual(client.ask("Hi"), "next")
+
+    def test_that_the_server_closed_costs_nothing(self):
+        """A server that closes after each answer sees each request exactly once."""
+        for tls in SCHEMES:
+            lines = [close_idle(reply(str(number))) for number in range(40)]
+            with Server(*lines, tls=tls) as server:
+                with self.client(server, max_retries=0) as client:
+                    for number in range(40):
+                        self.assertEqual(client.ask(str(number)), str(number))
+                        time.sleep(0.005 * (number % 2))
+            seen = [request.prompt for request in server.requests]
+            self.assertEqual(seen, [str(number) for number in range(40)])
+
+    def test_that_dies_is_replaced_once(self):
+        """A request that a kept connection took along is sent once more, the same attempt."""
+        def partly(sock):
+            sock.sendall(HEAD)
+            time.sleep(0.02)
+            reset().send(sock)
+        for tls in SCHEMES:
+            for line in (hang_up(), reset()):
+                with self.subTest(tls=tls, line=line):
+                    with Server(reply("a"), line, reply("b"), tls=tls) as server:
+                        with self.client(server, max_retries=0) as client:
+                            client.ask("1")
+                            self.assertEqual(client.complete("2").attempts, 1)
+                    self.assertEqual([r.prompt for r in server.requests], ["1", "2", "2"])
+                    with Server(reply("a"), line, line, tls=tls) as server:
+                        with self.client(server, max_retries=0) as client:
+                            client.ask("1")
+                            error = self.outcome_at(client, "2")
+                            self.assertIs(type(error), cometlimit.APIConnectionError)
+                            self.assertTrue(error.retryable)
+                    with Server(line, reply("b"), tls=tls) as server:
+                        self.assertEqual(self.client(server).complete("1").attempts, 2)
+                    with Server(reply("a"), Line(partly), tls=tls) as server:
+                        with self.client(server, max_retries=0) as client:
+                            client.ask("1")
+                            self.outcome_at(client, "2")
+                    self.assertEqual(len(server.requests), 2)
+
+    def test_brings_an_early_refusal(self):
+        """A 413 while the request is still going out is seen, not taken for a broken pipe."""
+        def refuse(sock):
+            sock.recv(1 << 16)
+            status(413, {"error": {"message": "too big"}}, {"Connection": "close"}).send(sock)
+            if kind == "waits":
+                sock.settimeout(0.5)
+                with contextlib.suppress(OSError):
+                    while sock.recv(1 << 16):
+                        pass
+        for tls, kind in ((None, "closes"), (None, "waits"), ("127.0.0.1", "waits")):
+            with self.subTest(tls=tls, kind=kind), Port(refuse, tls=tls) as server:
+                with self.client(server) as client:
+                    error = self.outcome_at(client, "x" * 8000000)
+                self.assertEqual((error.status_code, server.connections), (413, 1), error)
+
+    def test_is_kept_alive(self):
+        """TCP keep-alive is on, so that a firewall does not forget it."""
+        with Server(reply("yes")) as server, self.client(server) as client:
+            client.ask("Hi")
+            (wire,) = client._pool.wires
+            for level, name in (("SOL_SOCKET", "SO_KEEPALIVE"), ("IPPROTO_TCP", "TCP_NODELAY")):
+                self.assertTrue(wire.sock.getsockopt(getattr(socket, level), getattr(socket, name)))
+            if hasattr(socket, "TCP_KEEPIDLE"):
+                self.assertEqual(wire.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE), 30)
+
+    def test_may_have_a_number_beyond_select(self):
+        """A descriptor of 1024 or more is no hindrance."""
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if hard != resource.RLIM_INFINITY and hard < 1200 or not hasattr(select, "poll"):
+            self.skipTest("no 1200 descriptors are allowed here")
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 1200), hard))
+        self.addCleanup(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+        with Server(reply("a"), reply("b")) as server, contextlib.ExitStack() as stack:
+            for _ in range(1030):
+                stack.callback(os.close, os.dup(2 if sys.stderr else server.listener.fileno()))
+            with self.client(server, max_retries=0) as client:
+                self.assertEqual([client.ask("Hi"), client.ask("Hi")], ["a", "b"])
+                self.assertGreaterEqual(client._pool.wires[0].sock.fileno(), 1024)
+            self.assertEqual(server.connections, 1)
+
+
+class TheClock(Hostile):
+    """Bounds what comes before the answer, too."""
+
+    def addresses(self, *ports):
+        """From now on "localhost" has these ports of 127.0.0.1 for addresses."""
+        original = socket.getaddrinfo
+        self.addCleanup(setattr, socket, "getaddrinfo", original)
+        socket.getaddrinfo = lambda host, *rest, **options: [
+            (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port)) for port in ports
+        ] if host == "localhost" else original(host, *rest, **options)
+
+    @contextlib.contextmanager
+    def dead(self):
+        """A port that never answers: its queue is full."""
+        with socket.socket() as listener, contextlib.ExitStack() as stack:
+            listener.bind(("127.0.0.1", 0))
+            listener.listen(0)
+            for _ in range(4):
+                sock = stack.enter_context(socket.socket())
+                sock.setblocking(False)
+                sock.connect_ex(listener.getsockname())
+            time.sleep(0.02)
+            yield listener.getsockname()[1]
+
+    def test_bounds_all_addresses_together(self):
+        """Four dead addresses take one timeout, and a living one behind them is reached."""
+        self.real_time()
+        with self.dead() as port, Server(reply("yes")) as server:
+            url = server.url.replace("127.0.0.1", "localhost")
+            self.addresses(port, port, port, server.port)
+            client = self.client(server, base_url=url, max_retries=0, timeout=0.8)
+            self.assertEqual(client.ask("Hi"), "yes")
+            client.close()
+            self.addresses(port, port, port, port)
+            client = self.client(server, base_url=url, max_retries=0, timeout=0.5)
+            start = time.monotonic()
+            with self.assertRaisesRegex(cometlimit.APITimeoutError, "no connection in time"):
+                client.ask("Hi")
+            self.assertTrue(0.4 < time.monotonic() - start < 1.0)
+
+    def test_bounds_a_handshake(self):
+        """A server or proxy that says nothing, or drips, while the connection is made."""
+        self.real_time()
+
+        def silent(sock):
+            sock.settimeout(3.0)
+            while sock.recv(1 << 16):
+                if piece:
+                    for _ in range(100):
+                        sock.sendall(piece)
+                        time.sleep(0.02)
+        for piece in (b"", b"H", b"HTTP/1.1 100 Go\r\n\r\n"):
+            for proxied in (False, True):
+                with self.subTest(piece=piece, proxied=proxied), Port(silent) as server:
+                    if proxied:
+                        os.environ["https_proxy"] = "127.0.0.1:%d" % server.port
+                    start = time.monotonic()
+                    error = self.outcome_at(self.client(
+                        server, base_url="https://127.0.0.1:%d/v1" % server.port,
+                        timeout=0.3, max_retries=0))
+                    os.environ.pop("https_proxy", None)
+                    self.assertIsInstance(error, cometlimit.APIConnectionError)
+                    self.assertLess(time.monotonic() - start, 1.0)
+
+    def test_bounds_an_upload(self):
+        """A server that never reads ends at the timeout."""
+        self.real_time()
+        for tls in SCHEMES:
+            gate = threading.Event()
+            with self.subTest(tls=tls), Port(lambda sock: gate.wait(6.0), tls=tls) as server:
+                start = time.monotonic()
+                with self.assertRaisesRegex(cometlimit.APITimeoutError, "no answer in time"):
+                    self.client(server, timeout=0.3, max_retries=0).ask("x" * 8000000)
+                self.assertLess(time.monotonic() - start, 3.0)
+                gate.set()
+
+    def test_is_not_needed_by_close(self):
+        """What is in a TLS handshake or in a proxy's hands is hung up on, too."""
+        self.real_time()
+        for proxied in (False, True):
+            met, gone = threading.Event(), threading.Event()
+
+            def silent(sock):
+                sock.recv(1 << 16)
+                met.set()
+                with contextlib.suppress(OSError):
+                    sock.recv(1 << 16)
+                gone.set()
+            with self.subTest(proxied=proxied), Port(silent) as server:
+                if proxied:
+                    os.environ["https_proxy"] = "127.0.0.1:%d" % server.port
+                client = self.client(server, timeout=3.0,
+                                     base_url="https://127.0.0.1:%d/v1" % server.port)
+                call = client.submit("Hi")
+                self.assertTrue(met.wait(TIMEOUT))
+                time.sleep(0.05)
+                client.close()
+                self.assertIs(type(call.exception(TIMEOUT)), cometlimit.Error)
+                self.assertTrue(gone.wait(1.0), "the connection is still there")
+
+
+class Redirects(Hostile):
+    """Are never followed."""
+
+    def test_lead_nowhere(self):
+        """Whatever the Location, and even with a completion for a body: one request, no more."""
+        with Server() as other:
+            for place in ("http://127.0.0.1:%d/v1", "http://localhost:%d/v1", "//127.0.0.1:%d/v1",
+                          "ftp://127.0.0.1:%d/v1", "https://127.0.0.1:%d/", "/v1/other", "file:///",
+                          "data:,x", "http://[::1", ""):
+                place = place % other.port if "%" in place else place
+                for code in (301, 302, 303, 307, 308):
+                    line = status(code, GOOD, {"Location": place})
+                    with self.subTest(code=code, place=place), Server(line) as server:
+                        error = self.outcome_at(self.client(server))
+                        self.assertIs(type(error), cometlimit.APIStatusError)
+                        self.assertEqual((error.status_code, error.retryable, error.attempts,
+                                          server.requests[0].method), (code, False, 1, "POST"))
+        self.assertEqual(other.connections, 0)
+
+
+class TheProxy(Hostile):
+    """Is the environment's."""
+
+    def use(self, scheme, proxy, user=""):
+        os.environ[scheme + "_proxy"] = "http://%s127.0.0.1:%d" % (user, proxy.port)
+
+    def test_gets_its_password_and_nothing_else(self):
+        """The proxy does not see the key, nor the server the password."""
+        for user, line in (("me:p%40ss@", "Basic bWU6cEBzcw=="), ("me@", "Basic bWU6"), ("", None),
+                           ("me:\udcff@", "Basic bWU6/w==")):
+            with self.subTest(user=user), Proxy() as proxy:
+                with Server(reply("a"), reply("b"), tls="127.0.0.1") as server:
+                    self.use("https", proxy, user)
+                    with self.client(server) as client:
+                        self.assertEqual([client.ask("Hi"), client.ask("Hi")], ["a", "b"])
+                (head,) = proxy.heads
+                self.assertTrue(head.startswith("CONNECT 127.0.0.1:%d HTTP/1.1\r\nHost: 127.0.0.1:"
+                                                "%d\r\n" % (server.port, server.port)))
+                self.assertEqual("Proxy-Authorization: %s\r\n" % line in head, line is not None)
+                self.assertNotIn(KEY, head)
+                for request in server.requests:
+                    self.assertNotIn("proxy-authorization", request.headers)
+                    self.assertEqual(request.headers["authorization"], "Bearer " + KEY)
+
+    def test_is_left_out_where_it_is_not_wanted(self):
+        """NO_PROXY has its usual forms; an http proxy elsewhere never sees what is for here."""
+        for no, direct in (("", 0), ("127.0.0.1", 1), ("*", 1), ("x, 127.0.0.1 ", 1), (".0.0.1", 1),
+                           ("127.0.0.1:%d", 1), ("127.0.0.1:1", 0), ("127.0.0.0/8", 0), ("x", 0)):
+            with self.subTest(no=no), Proxy() as proxy, Server(reply("yes")) as server:
+                self.use("http", proxy)
+                os.environ["no_proxy"] = no % server.port if "%" in no else no
+                with self.client(server) as client:
+                    self.assertEqual(client.ask("Hi"), "yes")
+                self.assertEqual(len(proxy.heads), 1 - direct)
+                self.assertEqual(["POST http://" in head for head in proxy.heads],
+                                 [True] * len(proxy.heads))
+        del os.environ["no_proxy"]
+        with Server(reply("yes")) as server:
+            os.environ["http_proxy"] = "http://192.0.2.1:3128"
+            self.assertEqual(self.client(server).ask("Hi"), "yes")
+
+    def test_is_chosen_when_the_client_is_made(self):
+        """What the environment says later does not matter, and lower case wins."""
+        with Proxy() as proxy, Server(reply("yes")) as server:
+            client = self.client(server)
+            self.use("http", proxy)
+            self.assertEqual(client.ask("Hi"), "yes")
+            os.environ.update(HTTP_PROXY=os.environ["http_proxy"], http_proxy="")
+            self.assertIsNone(self.client(server)._endpoint.proxy)
+            self.assertEqual(proxy.heads, [])
+
+    def test_that_refuses_is_believed(self):
+        """407, 403 and redirects are for good; 502, 503 and 504 may pass; garbage may, too."""
+        for code, attempts in ((407, 1), (403, 1), (302, 1), (502, 3), (503, 3), (504, 3)):
+            with self.subTest(code=code), Proxy(refuse=code) as proxy:
+                self.use("https", proxy, "me:secret@")
+                error = self.outcome_at(self.client(NOWFOLDER, max_retries=2))
+                self.assert_error(error, cometlimit.APIConnectionError,
+                                  "the proxy refuses: %d Any" % code, attempts=attempts)
+                self.assertEqual(len(proxy.heads), attempts)
+        for data in (b"nonsense\r\n\r\n", b"", b"HTTP/1.1 200 OK\r\n\r\nnonsense in place of TLS"):
+            def answer(sock):
+                read_request(sock)
+                sock.sendall(data)
+            with self.subTest(data=data), Port(answer) as proxy:
+                self.use("https", proxy, "me:secret@")
+                error = self.outcome_at(self.client(NOWFOLDER, max_retries=1))
+                self.assertIs(type(error), cometlimit.APIConnectionError)
+                self.assertNotIn("secret", str(error))
+
+    def test_of_another_kind_is_refused(self):
+        """A scheme that is not spoken is a ConfigurationError that shows no password."""
+        for proxy in ("socks5://me:secret@h:1", "https://me:secret@h:1", "http://me:secret@",
+                      "http://me:secret@h:x", "http://me:secret@h:70000", "me:secret@[::1"):
+            os.environ["https_proxy"] = proxy
+            with self.subTest(proxy=proxy):
+                with self.assertRaisesRegex(cometlimit.ConfigurationError, "https_proxy cannot be "
+                                            "used: only http://host:port can"):
+                    try:
+                        cometlimit.Client(api_key=KEY)
+                    finally:
+                        self.assertNotIn("secret", traceback.format_exc())
+
+
+class TrustedCertificates(Hostile):
+    """No other server gets the key."""
+
+    def check(self, tls, words, **options):
+        """A server that is not trusted sees one connection and no request."""
+        with Server(tls=tls) as server:
+            server.faults = collections_that_forget()
+            error = self.outcome_at(self.client(server, **options))
+            self.assertIs(type(error), cometlimit.APIConnectionError)
+            self.assertEqual((error.attempts, error.retryable), (1, False))
+            self.assertRegex(str(error), words)
+            self.assertEqual((server.connections, server.requests), (1, []))
+
+    def test_are_those_of_a_known_authority_for_this_host_and_time(self):
+        """An unknown CA, another host, a past date: told with the remedy, once."""
+        remedy = r"not trusted.*ca_file=, SSL_CERT_FILE or REQUESTS_CA_BUNDLE"
+        certificate("localhost")
+        special("expired", "127.0.0.1", days=-1)
+        special("self", "127.0.0.1", authority="self")
+        special("other", "other", authority="other", extensions=(
+            "basicConstraints=critical,CA:TRUE", "keyUsage=critical,keyCertSign",
+            "subjectKeyIdentifier=hash"))
+        for tls, options in (("localhost", {}), ("expired", {}), ("self", {}),
+                             ("127.0.0.1", {"ca_file": certificate("other")}),
+                             ("127.0.0.1", {"ca_file": None})):
+            with self.subTest(tls=tls, **options):
+                self.check(tls, remedy, **options)
+        os.environ["SSL_CERT_FILE"] = "/no/file"
+        self.check("127.0.0.1", remedy, ca_file=None)
+
+    def test_are_demanded_whatever_the_program_did_to_the_defaults(self):
+        """A tampered ssl._create_default_https_context has no effect."""
+        original = ssl._create_default_https_context
+        self.addCleanup(setattr, ssl, "_create_default_https_context", original)
+        ssl._create_default_https_context = ssl._create_unverified_context
+        self.check("127.0.0.1", "not trusted", ca_file=None)
+
+    def test_may_be_named_in_many_ways(self):
+        """By ca_file, a bundle of the environment or a directory of hashed names; ca_file wins."""
+        authority = certificate("ca")
+        folder = os.path.join(Certificates.folder, "hashed")
+        name = subprocess.run(["openssl", "x509", "-hash", "-noout", "-in", authority],
+                              stdout=subprocess.PIPE, check=True).stdout.decode().strip()
+        os.makedirs(folder, exist_ok=True)
+        shutil.copy(authority, os.path.join(folder, name + ".0"))
+        for variables, option in (({"CURL_CA_BUNDLE": authority}, None), ({}, folder),
+                                  ({"REQUESTS_CA_BUNDLE": folder}, None),
+                                  ({"SSL_CERT_DIR": folder}, None),
+                                  ({"REQUESTS_CA_BUNDLE": "/no/file"}, authority),
+                                  ({"REQUESTS_CA_BUNDLE": authority,
+                                    "CURL_CA_BUNDLE": "/no/file"}, None)):
+            os.environ.update(variables)
+            with self.subTest(option=option, **variables):
+                with Server(reply("yes"), tls="127.0.0.1") as server:
+                    self.assertEqual(self.client(server, ca_file=option).ask("Hi"), "yes")
+            for name in variables:
+                del os.environ[name]
+        stats = cometlimit.Client(api_key=KEY)._endpoint.context.cert_store_stats()["x509_ca"]
+        client = cometlimit.Client(api_key=KEY, ca_file=authority)
+        self.assertEqual(client._endpoint.context.cert_store_stats()["x509_ca"], stats + 1)
+
+    def test_that_cannot_be_loaded_are_named(self):
+        """A missing or empty file is a ConfigurationError with its name and where it was said."""
+        certificate("ca")
+        empty = os.path.join(Certificates.folder, "empty.pem")
+        open(empty, "w").close()
+        for path in ("/no/file", empty):
+            for name in ("ca_file", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
+                with self.subTest(path=path, name=name):
+                    options = {"ca_file": path} if name == "ca_file" else {}
+                    os.environ.update({} if options else {name: path})
+                    with self.assertRaisesRegex(cometlimit.ConfigurationError,
+                                                "of %s .*%s" % (name, path)):
+                        cometlimit.Client(api_key=KEY, **options)
+                    os.environ.pop(name, None)
+        os.environ["SSLKEYLOGFILE"] = "/no/folder/file"
+        if sys.version_info >= (3, 8):
+            with self.assertRaisesRegex(cometlimit.ConfigurationError, "/no/folder/file"):
+                cometlimit.Client(api_key=KEY)
+
+    def test_without_key_usage_are_refused_with_a_remedy_where_python_does(self):
+        """A CA of TLS inspection that is not strict: trusted, or told what is missing."""
+        lax = special("lax", "lax", authority="lax", extensions=(
+            "basicConstraints=CA:TRUE", "subjectKeyIdentifier=hash"))
+        special("inspected", "127.0.0.1", authority="lax")
+        strict = getattr(ssl, "VERIFY_X509_STRICT", 0)
+        if ssl.create_default_context().verify_flags & strict:
+            self.check("inspected", "Python 3.13 also demands of a CA.*key usage", ca_file=lax)
+        else:
+            with Server(reply("yes"), tls="inspected") as server:
+                self.assertEqual(self.client(server, ca_file=lax).ask("Hi"), "yes")
+
+    def test_do_not_help_an_old_protocol(self):
+        """TLS 1.1 is refused, even where the system's OpenSSL would allow it."""
+        certificate("ca"), certificate("127.0.0.1")
+        original = ssl.create_default_context
+        self.addCleanup(setattr, ssl, "create_default_context", original)
+
+        def lax(context):
+            context.set_ciphers("ALL:@SECLEVEL=0")
+            if hasattr(ssl, "TLSVersion"):
+                context.minimum_version = ssl.TLSVersion.TLSv1
+            return context
+
+        def serve(sock):
+            with contextlib.suppress(OSError), old.wrap_socket(sock, server_side=True) as sock:
+                spoken.append(sock.version())
+        spoken = []
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the newest deprecate what is needed here
+            old = lax(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER))
+            old.load_cert_chain(certificate("127.0.0.1"))
+            old.options |= ssl.OP_NO_TLSv1_2 | getattr(ssl, "OP_NO_TLSv1_3", 0)
+            ssl.create_default_context = lambda: lax(original())
+            with Port(serve) as server:
+                error = self.outcome_at(self.client(
+                    server, ca_file=certificate("ca"),
+                    base_url="https://127.0.0.1:%d/v1" % server.port))
+        self.assertEqual(spoken, [])
+        self.assertEqual((type(error), error.retryable, error.attempts),
+                         (cometlimit.APIConnectionError, False, 1), error)
+        self.assertRegex(str(error), "TLS cannot be set up")
+
+    def test_of_a_server_that_goes_away_may_come_later(self):
+        """A hang-up or a reset during the handshake may pass; a server without TLS does not."""
+        def serve(sock):
+            sock.recv(1 << 16)
+            line.send(sock)
+        for line, attempts in ((hang_up(), 2), (reset(), 2), (raw(b"HTTP/1.1 400 No\r\n\r\n"), 1)):
+            with self.subTest(attempts=attempts), Port(serve) as server:
+                error = self.outcome_at(self.client(
+                    server, base_url="https://127.0.0.1:%d/v1" % server.port, max_retries=1))
+                self.assertIs(type(error), cometlimit.APIConnectionError)
+                self.assertEqual((error.attempts, server.connections), (attempts, attempts), error)
+
+
+def collections_that_forget():
+    """A list that stays empty: a handshake that fails is no fault of the server's."""
+    class Forgetful(list):
+        def append(self, item):
+            pass
+    return Forgetful()
+
+
+class TheKeyOnTheWire(Hostile):
+    """Goes to the server alone."""
+
+    def test_is_not_shown_by_debugging_aids(self):
+        """Not by locals in a traceback, http.client's debug level or urllib's installed opener."""
+        class Spy(urllib.request.BaseHandler):
+            def http_request(self, request):
+                seen.append(request)
+                return request
+        seen = []
+        self.addCleanup(setattr, urllib.request, "_opener", None)
+        urllib.request.install_opener(urllib.request.build_opener(Spy))
+        connection = cometlimit.http.client.HTTPConnection
+        self.addCleanup(setattr, connection, "debuglevel", 0)
+        connection.debuglevel = 1
+        with Server(status(401)) as server, open(os.devnull, "w") as nowhere:
+            with contextlib.redirect_stdout(nowhere):
+                nowhere.write = seen.append
+                try:
+                    self.client(server).ask("Hi")
+                except cometlimit.Error as error:
+                    shown = "".join(traceback.TracebackException(
+                        type(error), error, error.__traceback__, capture_locals=True).format())
+        self.assertNotIn(KEY, shown)
+        self.assertEqual(seen, [])
+
+
+SCRIPT = """\
+import os, sys, threading
+sys.path.insert(0, %r)
+%s
+import cometlimit
+def main():
+    client = cometlimit.Client(api_key=%r, base_url=%r, model="m", %s)
+%s
+main()
+"""
+ASK = '''    with client:
+        if client.ask("\\xe9\\u2028 Hi") != "\\xe9\\u2028 Hi": sys.exit("wrong")'''
+
+
+def start(server, before="", body=ASK, options="", flags=(), shell="exec \"$@\"", **popen):
+    """A process that asks a server; its folder is not the module's."""
+    body = "\n".join(line.replace(" " * 16, "    ", 1) for line in body.split("\n"))
+    source = SCRIPT % (FOLDER, before, KEY, server.url, options, body)
+    return subprocess.Popen(("sh", "-c", shell, "sh", sys.executable) + tuple(flags) + (
+        "-c", source), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        **popen)
+
+
+def end(process):
+    """Its exit status and what it said on stderr."""
+    with process:
+        try:
+            text = process.communicate(timeout=TIMEOUT)[1].decode()
+        finally:
+            process.kill()
+    return process.returncode, text
+
+
+def run(*args, **options):
+    return end(start(*args, **options))
+
+
+class LockedDownPlaces(Hostile):
+    """Are where this runs."""
+
+    def test_do_not_matter(self):
+        """Flags, environment, closed streams, few descriptors, no folder, no file to write."""
+        bare = {"env": {}}
+        table = {
+            "isolated": {"flags": ["-I", "-S", "-B"]}, "optimized": {"flags": ["-OO"]},
+            "strict": {"flags": ["-W", "error"]}, "no environment": bare,
+            "isolated, no environment": {"flags": ["-I", "-S", "-B"], "env": {}},
+            "C": {"env": {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}},
+            "no stdin": {"shell": 'exec "$@" <&-'}, "no stdout": {"shell": 'exec "$@" >&-'},
+            "no streams": {"shell": 'exec "$@" <&- >&- 2>&-'},
+            "64 descriptors": {"shell": 'ulimit -n 64; exec "$@"', "options": "max_concurrency=5"},
+            "nothing to be written": {"shell": 'ulimit -f 0; exec "$@"'},
+            "no home": {"shell": 'unset HOME; exec "$@"'}}
+        table["no folder"] = {"flags": ["-I"], "before": "import tempfile\n"
+                              "place = tempfile.mkdtemp()\n"
+                              "os.chdir(place); os.rmdir(place)"}
+        with Server(forever=reply_echo) as server:
+            started = [(name, start(server, **words)) for name, words in table.items()]
+            for name, process in started:
+                with self.subTest(name=name):
+                    self.assertEqual(end(process), (0, ""))
+            self.assertEqual(len(server.requests), len(table))
+
+    def test_may_know_no_such_user(self):
+        """A user without a passwd entry, who may not even read Python's library any more."""
+        if not hasattr(os, "geteuid") or os.geteuid() != 0:
+            self.skipTest("only root can become somebody unknown")
+        with Server(forever=reply_echo) as server:
+            self.assertEqual(run(server, "import pwd", """
+                sys.path[:] = []
+                os.setgid(54321), os.setuid(54321)
+                try: pwd.getpwuid(54321), sys.exit('known')
+                except KeyError: pass
+""" + ASK, env={}), (0, ""))
+
+    def test_may_have_no_tls(self):
+        """Without the ssl module https is a ConfigurationError, and http to this machine works."""
+        with Server(forever=reply_echo) as server:
+            self.assertEqual(run(server, "sys.modules['_ssl'] = None", ASK + """
+                try: cometlimit.Client(api_key="k", model="m")
+                except cometlimit.ConfigurationError as e: assert "ssl module" in str(e), e
+                else: sys.exit("accepted")"""), (0, ""))
+
+    def test_may_strip_the_command_line_of_its_docstrings(self):
+        """The command line works under -OO, too."""
+        for words in (["--version"], ["--help"]):
+            done = subprocess.run([sys.executable, "-OO", cometlimit.__file__] + words,
+                                  stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=TIMEOUT)
+            self.assertEqual((done.returncode, done.stderr), (0, b""))
+
+
+class Threads(Hostile):
+    """May be few, and may call from anywhere."""
+
+    def refuse_threads(self, allowed):
+        original, _ = threading.Thread.start, self.addCleanup(
+            setattr, threading.Thread, "start", threading.Thread.start)
+        left = [allowed]
+
+        def start(thread):
+            if thread.name == "cometlimit":
+                left[0] -= 1
+                if left[0] < 0:
+                    raise RuntimeError("can't start new thread")
+            original(thread)
+        threading.Thread.start = start
+
+    def test_that_cannot_be_started_are_an_error(self):
+        """Without any, submit raises it at once; with one, all is answered by that."""
+        with Server(forever=reply_echo) as server:
+            for allowed in (1, 0):
+                self.refuse_threads(allowed)
+                with self.client(server, max_concurrency=4) as client:
+                    if allowed:
+                        self.assertEqual([done.text for done in client.map(list("abcdefgh"))],
+                                         list("abcdefgh"))
+                        continue
+                    for job in (lambda: client.ask("Hi"), lambda: list(client.map(["Hi"] * 9))):
+                        with self.assertRaisesRegex(cometlimit.Error, "no thread can be started"):
+                            job()
+
+    def test_of_a_callback_do_not_wait_for_themselves(self):
+        """To ask from a callback or from on_record is answered or refused, never a deadlock."""
+        for place in ("callback", "on_record"):
+            results, called = [], threading.Event()
+
+            def again(_):
+                if not called.is_set():
+                    called.set()
+                    try:
+                        results.append(client.ask("2"))
+                    except Exception as error:
+                        results.append(error)
+            with self.subTest(place=place), Server(forever=reply_echo) as server:
+                client = self.client(server, **{"on_record": again} if place != "callback" else {})
+                call = client.submit("1")
+                if place == "callback":
+                    call.add_done_callback(again)
+                end_at = time.monotonic() + 2.0
+                while not results and time.monotonic() < end_at:
+                    time.sleep(0.005)
+                client.close()
+                self.assertTrue(results and (results == ["2"] or isinstance(
+                    results[0], cometlimit.ConfigurationError)), "a deadlock: %r" % results)
+
+    def test_of_a_client_closed_in_a_callback_end(self):
+        """close() from a callback or from on_record does not wait for its own thread."""
+        for place in ("callback", "on_record"):
+            closed = threading.Event()
+
+            def close(_):
+                client.close()
+                closed.set()
+            with self.subTest(place=place), Server(forever=reply_echo) as server:
+                client = self.client(server, **{"on_record": close} if place != "callback" else {})
+                call = client.submit("1")
+                if place == "callback":
+                    call.add_done_callback(close)
+                self.assertTrue(closed.wait(TIMEOUT))
+
+    def test_at_the_end_of_the_interpreter_do_no_harm(self):
+        """What is asked in atexit is answered or refused by an Error; what hangs is left."""
+        late = """
+                import atexit
+                def last():
+                    try: assert client.ask("Hi") == "Hi"
+                    except cometlimit.Error: pass
+                atexit.register(last)"""
+        hung = """
+                client.submit("stall")"""
+        with Server(forever=lambda request: stall() if request.prompt == "stall"
+                    else reply_echo(request)) as server:
+            processes = [start(server, body=body) for body in (late, hung)]
+            for process in processes:
+                with self.subTest():
+                    self.assertEqual(end(process), (0, ""))
+
+    @unittest.skipUnless(hasattr(os, "fork"), "there is no fork here")
+    def test_of_a_fork_end_with_it(self):
+        """A child that leaves its parent's with block, or submits at once, is not held."""
+        with Server(forever=reply_echo, tls="127.0.0.1") as server:
+            authority = certificate("ca")
+            self.assertEqual(run(server, "import warnings; warnings.simplefilter('ignore')", """
+                assert client.ask("a") == "a"
+                with client:
+                    held = client.submit("b")
+                    child = os.fork()
+                    if not child:
+                        assert client.submit("c").result().text == "c"
+                if child:
+                    assert held.result().text == "b"
+                    assert os.waitpid(child, 0)[1] == 0""", "ca_file=%r" % authority), (0, ""))
+            self.assertEqual(sorted(request.prompt for request in server.requests), list("abc"))
+
+    def test_of_two_clients_share_nothing(self):
+        """Each has its own key, connection and limit."""
+        with Server(forever=reply_echo) as one, Server(forever=reply_echo) as two:
+            with self.client(one) as first, self.client(two, api_key="sk-other-key") as second:
+                calls = [client.submit(str(n)) for n in range(20) for client in (first, second)]
+                self.assertEqual([call.result().text for call in calls],
+                                 [str(n) for n in range(20) for _ in range(2)])
+                first.close()
+                self.assertEqual(second.ask("on"), "on")
+            for server, key, count in ((one, KEY, 20), (two, "sk-other-key", 21)):
+                self.assertEqual({r.headers["authorization"] for r in server.requests},
+                                 {"Bearer " + key})
+                self.assertEqual((len(server.requests), server.connections), (count, 1))
+
+
+class WhatFuzzingFound(CommandLine):
+    """One input for each fault that random ones have found."""
+
+    ROW = (b'{"id":"x","custom_id":"a","error":null,"response":'
+           b'{"status_code":200,"body":{"x":1}}}')
+
+    def test_by_bytes_after_an_answer(self):
+        """They, and a chunk of -1 bytes, which is no leave to read for ever, end the connection."""
+        for data, code in (
+                (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}\r\n", 200),
+                (b"HTTP/1.1 429 x\r\nTransfer-Encoding: chunked\r\n\r\n-1\r\n" + b"x" * 9999, 429)):
+            ours, other = socket.socketpair()
+            with self.subTest(data=data[:60]), ours, other:
+                limit = unittest.mock.patch.object(cometlimit, "_MAX_ANSWER", 1000)
+                wire = cometlimit._Wire(types.SimpleNamespace(head=b""))
+                wire.sock, wire.expires = ours, cometlimit._now() + 1
+                other.sendall(data)
+                with limit:
+                    self.assertEqual(wire._exchange(b"").status, code)
+                self.assertIsNone(wire.sock)
+
+    def test_by_words_of_a_server(self):
+        """Numbers and dates that only look like some; a byte order mark before an error."""
+        hidden = {"message": "m", "code": "bad_response_status_code", "param": "\u00b2"}
+        for line, retryable, retry_after in (
+                (status(503, "", {"Retry-After": "Sun, 06 Nov 2094 1.2.3.4 GMT"}), True, None),
+                (status(503, "", {"Retry-After": "1 \x1d"}), True, None),
+                (status(500, {"error": hidden}), True, None),
+                (status(503, b'\xef\xbb\xbf{"error":{"code":"model_not_found"}}'), False, None)):
+            with self.subTest():
+                error = self.outcome(line, max_retries=0)
+                self.assertEqual((error.retryable, error.retry_after), (retryable, retry_after))
+
+    def test_by_json_beyond_bounds(self):
+        """Refused at once: what overflows, takes the square of its length, or nests too deep."""
+        for text in ("[1e999]", "9" * 1000000, "[" * 4000000):
+            with self.subTest(text=text[:9]), self.assertRaises(ValueError):
+                cometlimit._parse(text)
+
+    def test_by_files(self):
+        """Another's file is left alone; a torn row, or a mark before the first one, is none."""
+        for data, code in ((b'{"my":"config"}', 2), (b'{"id": "batch_req_0', 0),
+                           (BOM + self.ROW + b"\n", 0)):
+            with self.subTest(data=data), self.serve(forever=reply_echo):
+                self.write("in", [{"custom_id": "a", "prompt": "p"}])
+                self.write("out", [data])
+                self.cli("-i", "in", "-o", "out", expect=code)
+                self.assertEqual(self.read("out") == data, data != b'{"id": "batch_req_0')
+
+    def test_by_addresses(self):
+        """What is no URL is said to be none; a password need not be UTF-8."""
+        for url in (123, b"https://x", "https://x\n/y"):
+            with self.subTest(url=url), self.assertRaises(cometlimit.ConfigurationError):
+                cometlimit.Client(api_key=KEY, base_url=url)
+        os.environ["https_proxy"] = "http://u\udcff:p%ff@127.0.0.1:1"
+        endpoint = cometlimit.Client(api_key=KEY, base_url="https://x")._endpoint
+        self.assertIn(b"Basic df86cP8=\r\n", endpoint.connect)
 
 
 if __name__ == "__main__":
