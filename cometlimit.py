@@ -51,8 +51,8 @@ import threading
 import time
 import urllib.parse
 import urllib.request
-from typing import (Any, Callable, Deque, Dict, Iterable, Iterator, List, NamedTuple, Optional,
-                    Set, Tuple, Type, Union)
+from typing import Any, Callable, Deque, Dict, Iterable, Iterator, List, NamedTuple, Optional
+from typing import Set, Tuple, Type, Union
 
 try:
     import ssl
@@ -77,7 +77,7 @@ PERMANENT = frozenset("""
     model_price_error permission_denied pre_consume_token_quota_failed prompt_blocked
     quota_exceeded sensitive_words_detected unsupported_model""".split())
 
-_AHEAD = 8              # prompts taken per worker: rides over one slow answer, in bounded memory
+_AHEAD = 16             # prompts taken per worker: rides over one slow answer, in bounded memory
 _CONNECT = 15.0         # a host that has not answered a fourth SYN will not answer at all
 _IDLE = 20.0            # a thread without work for so long ends, and closes its connection
 _CLOSING = 0.5          # how long close() waits for threads to end
@@ -316,7 +316,7 @@ class Client:
         """The Completions of many prompts, lazily and in their order; they may be endless.
 
         A prompt that fails raises its Error in its turn or, with return_exceptions, yields it. Up
-        to 8 x max_concurrency prompts are taken ahead. Leaving the loop early cancels what was not
+        to 16 x max_concurrency prompts are taken ahead. Leaving the loop early cancels what was not
         sent, and hangs up on what was.
         """
         ahead: Deque[_Call] = collections.deque()
@@ -378,7 +378,8 @@ class Client:
     def _calls(self, prompts: Iterable[Prompt], params: Dict[str, Any]) -> "Iterator[_Call]":
         """A call for each prompt; what is wrong with one, or ends them, fails in turn."""
         if isinstance(prompts, (str, bytes)):
-            raise ConfigurationError("prompts is a list of prompts; for a single one there is ask()")
+            raise ConfigurationError(
+                "prompts is a list of prompts; for a single one there is ask()")
         source = iter(prompts)
         error: Optional[BaseException] = None
         while error is None or isinstance(error, Error):
@@ -689,7 +690,7 @@ class _Pool:
             else:
                 call.over = True
         if met:
-            _tell(logging.INFO, "model %s: limit met: pace %s/s, window %s, nothing leaves for %.1f s",
+            _tell(logging.INFO, "model %s: limit met: pace %s/s, window %s, a pause of %.1f s",
                   call.model, throttle.pace and round(throttle.pace, 3), throttle.window,
                   max(0.0, throttle.until - now))
         if again:
@@ -731,52 +732,44 @@ class Throttle:
     2. A refusal closes the door for Retry-After or one interval; while nothing gets through,
        one probe at a time, after pauses that grow with the time the door has been shut.
     3. Then requests leave at the measured pace, which grows slowly until the next refusal.
+       Most of what the limiter gained in the pause leaves at once;
+       time in which nobody asked does not count.
     4. Refused at the same number in flight twice, it is a cap on concurrency: a window instead.
     5. Failures (5xx, no connection) in a row are an outage: closed as in 2, nothing learnt.
     Requests that left before the door closed belong to the same congestion and change nothing.
+    x-ratelimit-* is deliberately not obeyed: behind a gateway it describes another's account.
     """
     START = 20.0        # requests/s at first: about one leaves while a refusal comes back
     RAMP = 1.4          # requests/s more for each one sent: doubles every half second
     SLOWEST = 1 / 60    # requests/s: limits are stated by the minute: one is allowed
     DIP = 0.97          # of the measured pace, to begin with: an emptied bucket fills a little
-    EVEN = 0.75         # growth ~ pace ** EVEN: under 1, so that small shares catch up (tuned)
-    GROWN_SENT = 16     # requests in which a limit may double: at low rates 1 in 6 refused
-    GROWN_TIME = 58.0   # seconds in which it may: the minute that most windows last (tuned)
-    MEMORY = 2          # requests' worth of the last stretch kept: a count of k is wrong by one
-    DRY = 2.0           # pause / time shut: shut times treble, so a minute costs some 6 probes
+    EVEN = 0.7          # growth ~ pace ** EVEN: under 1, so that small shares catch up (tuned)
+    GROWN_SENT = 25     # requests in which a limit may double: at low rates 1 in 5 refused (tuned)
+    GROWN_TIME = 47.0   # seconds in which it may: a minute's window less its pause (tuned)
+    SPARE = 0.7         # of a pause's gain, leaves at once: the rest is a bucket's reserve (tuned)
+    MEMORY = 1.5        # requests' worth of the last stretch kept: a count of k is wrong by one
+    DRY = 2.5           # pause / time shut: shut times grow 3.5-fold until PROBE holds (tuned)
     PROBE = 1 / 3       # of max_delay: the longest such pause, so that a reopening is seen soon
-    OUTAGE = 4          # the score that three failures in a row reach
+    OUTAGE = 4          # failures in a row: of requests that fail at random, three are not rare
 
-    def __init__(self, max_delay: float = 30.0, random=random.random) -> None:
+    def __init__(self, max_delay: float = 30.0,
+                 random: Callable[[], float] = random.random) -> None:
         self.max_delay, self.random = max_delay, random
-        self.pace = None            # type: Optional[float]  # requests/s, once measured
-        self.window = None          # type: Optional[int]  # most in flight, when capped
+        self.pace: Optional[float] = None   # requests/s, once measured
+        self.window: Optional[int] = None   # most in flight, when capped
         self.congestions = 0
         self.until = 0.0            # nothing leaves before
         self._next = 0.0            # nor before this, which keeps the pace
-        self._probe = 0.0           # how long the first after a pause goes alone
-        self._count = self._flying = 0
+        self._count = 0             # tickets given
+        self._flying = 0            # of which in flight
         self._first = 0             # the first ticket since the door last closed
-        self._base = 0              # the first ticket of this stretch
-        self._start = None          # type: Optional[float]  # since when _taken is counted
-        self._mark = None           # type: Optional[float]  # until when: this stretch begins
-        self._taken = 0.0           # requests, between these two
-        self._cut = self._shut = 0.0        # last closed; nothing got through since
+        self._shut = 0.0            # nothing got through since
+        self._probe = 0.0           # how long the first after a pause goes alone
+        self._taken = 0.0           # requests that got through
+        self._start = 0.0           # since then: their quotient is the pace
         self._knee = 0              # in flight at the last refusal
-        self._doubt = 0             # ticket number up to which failures weigh
-
-    def _growth(self, now):
-        """0 after a refusal, 1 when the limit may have doubled: requests and time count."""
-        sent, passed = self._count - self._base, now - self._cut
-        return min(sent / self.GROWN_SENT, passed / self.GROWN_TIME) ** 2
-
-    def _interval(self, now):
-        if self.window is not None:
-            return 0.0
-        if self.pace is None:
-            return 1 / (self.START + self.RAMP * (self._count - self._first))
-        grown = self.pace ** self.EVEN * self._growth(now)
-        return 1 / (self.DIP * self.pace + grown)
+        self._row = 0               # failures, with no later request answered
+        self._last = 0              # the request up to which an answer is no later one
 
     def wait(self, now: float) -> float:
         """0.0: leave now; seconds to wait; math.inf: not before one in flight has ended."""
@@ -787,12 +780,15 @@ class Throttle:
 
     def sent(self, now: float) -> Ticket:
         """A request leaves; its ticket comes back in answered() or refused()."""
-        if self._start is None:
-            self._start = self._cut = self._shut = now
+        if self._count == 0:
+            self.until = self._shut = self._start = now
+        spare = self._spare()
         if self._count == self._first:
-            self._next = now + max(self._interval(now), self._probe)
-        else:   # one that left late may be followed at once, so that a slow timer costs no pace
-            self._next = max(now, self._next + self._interval(now))
+            self._next, self.until = self.until - spare, now + self._probe
+        idle = max(0.0, now - spare - self._next)
+        if self.pace is not None:
+            self._start += idle     # time in which nobody asked measures nothing
+        self._next += idle + self._interval(now)
         ticket = Ticket(self._count, now, self._flying)
         self._count += 1
         self._flying += 1
@@ -801,67 +797,80 @@ class Throttle:
     def answered(self, ticket: Ticket, now: float) -> None:
         """The server took it: any answer that says nothing about load."""
         self._flying -= 1
-        if ticket.number >= self._first:
-            self._doubt = 0
+        if ticket.number > self._last:
+            self._row = 0
 
     def refused(self, ticket: Ticket, now: float, status: Optional[int],
                 retry_after: Optional[float] = None) -> None:
         """It was turned away: by a rate limit (429), or by a server in trouble (the rest)."""
         self._flying -= 1
         asked = min(self.max_delay, retry_after or 0.0) if status == 429 else 0.0
-        if ticket.number < self._first:
+        fresh = ticket.number - self._first
+        if fresh < 0:
             if asked:
                 self.until = max(self.until, now + asked)
         elif status == 429:
             self._close(ticket, now, asked)
-            self._measure(ticket, asked)
-        else:   # each failure outweighs one request that did not fail
-            self._doubt = max(self._doubt, ticket.number) + 2
-            if self._doubt - ticket.number >= self.OUTAGE:
+            self._cap(max(ticket.others, self._flying), fresh, asked)
+            self._measure(fresh)
+        else:
+            self._last = self._last if self._row else ticket.number
+            self._row += 1
+            if self._row >= self.OUTAGE:
                 self._close(ticket, now, 0.0)
-                self._skip(ticket, self.until - now)
+                self._last = self._count - 1
+                self._taken += fresh
+                self._start += self.until - now
 
-    def _close(self, ticket, now, asked):
+    def _growth(self, now: float) -> float:
+        """0 after a refusal, 1 when the limit may have doubled: requests and time count."""
+        sent, passed = self._count - self._first, max(0.0, now - self.until)
+        return min(sent / self.GROWN_SENT, passed / self.GROWN_TIME) ** 2
+
+    def _spare(self) -> float:
+        """Seconds' worth of requests that may leave at once: gained in the last pause."""
+        if self.pace is None:
+            return 0.0
+        return max(0.0, self.SPARE * (self.until - self._shut) - 1 / self.pace)
+
+    def _interval(self, now: float) -> float:
+        if self.window is not None:
+            return 0.0
+        if self.pace is None:
+            return 1 / (self.START + self.RAMP * (self._count - self._first))
+        grown: float = self.pace ** self.EVEN * self._growth(now)
+        return 1 / (self.DIP * self.pace + grown)
+
+    def _close(self, ticket: Ticket, now: float, asked: float) -> None:
         dry, echo = ticket.number == self._first, now - ticket.time
         if not dry or asked:    # a limiter that says when is believed
             self._shut = now
         pause = min(self.DRY * (now - self._shut), self.PROBE * self.max_delay)
         pause = max(pause, echo, 1 / self.pace if self.pace else 0.0)
-        pause *= 0.75 + self.random() / 2       # so that many clients do not come back as one
-        self.until = now + min(self.max_delay, asked or pause)
+        chance = self.random() * pause / 2      # so that many clients do not come back as one
+        self.until = now + min(self.max_delay, (asked or 0.75 * pause) + chance)
         self._probe = min(2 * echo, self.until - now)     # a refusal is quick to come back
-        self._cut, self._first = now, self._count
+        self._first = self._count
 
-    def _skip(self, ticket, pause):
-        """An outage says nothing about the limit: the stretch goes on after it."""
-        self._base += self._count - ticket.number
-        if self._mark is not None:
-            self._mark += pause
-            self._start += pause
-
-    def _measure(self, ticket, asked):
-        """Ends a stretch: from the end of one pause to the end of the next."""
-        fresh, self._base = ticket.number - self._base, self._count
-        first, self._mark = self._mark, self.until if self._mark is None else self._mark
-        self.congestions += 1
-        if first is None:       # it began with a full bucket: too fast, so it is not used yet
-            self._taken = fresh
-        elif fresh:
-            keep = min(1.0, self.MEMORY / max(1, self._taken))
-            self._start = self._mark - keep * (self._mark - self._start)
-            self._taken = fresh + keep * self._taken
-        self._mark = self.until
-        self._cap(max(ticket.others, self._flying), fresh, asked)
-        if self.window is not None:
-            self.pace = None
-        elif self._taken and first is not None and (fresh or not asked):
-            self.pace = max(self.SLOWEST, self._taken / max(1e-9, self._mark - self._start))
-
-    def _cap(self, others, fresh, asked):
+    def _cap(self, others: int, fresh: int, asked: float) -> None:
         """A cap is met at one number in flight, twice running; Retry-After tells of a rate."""
         again = others >= self.window if self.window else fresh and others == self._knee > 0
         self.window = others if again and not asked else None
         self._knee = others
+
+    def _measure(self, fresh: int) -> None:
+        """Ends a stretch: from the end of one pause to the end of the next."""
+        self.congestions += 1
+        if fresh:
+            self._taken += fresh
+            seconds = max(1e-9, self.until - self._start)
+            if self.congestions > 1:    # the first began with a full bucket: too fast
+                self.pace = max(self.SLOWEST, self._taken / seconds)
+            keep = min(1.0, self.MEMORY / self._taken)
+            self._taken *= keep
+            self._start = self.until - keep * seconds
+        if self.window is not None:
+            self.pace = None
 
 
 # The wire
@@ -1182,7 +1191,7 @@ def _understand(answer: _Answer, key: str) -> Union[Completion, Error]:
     usage = data.get("usage")
     return Completion(text if isinstance(text, str) else "", str(data.get("model") or ""),
                       choice.get("finish_reason"), usage if isinstance(usage, dict) else {},
-                      _redact(_request_id(answer, "") or "", key) or None, 1, 0.0, data)
+                      _request_id(answer, key), 1, 0.0, data)
 
 
 def _failure(answer: _Answer, key: str) -> Error:
@@ -1203,7 +1212,7 @@ def _failure(answer: _Answer, key: str) -> Error:
             else words.get("message") or " ".join(str(body)[:200].split()) or "an empty body"),
         status_code=answer.status, body=body, retryable=retryable,
         overload=status if retryable else None, retry_after=_retry_after(answer.headers),
-        request_id=_redact(_request_id(answer, words.get("message", "")) or "", key) or None, **words)
+        request_id=_request_id(answer, key, words.get("message", "")), **words)
 
 
 def _verdict(answer: _Answer, words: Dict[str, str], may: bool) -> Tuple[Optional[int], bool]:
@@ -1270,11 +1279,12 @@ def _redact(text: str, key: str) -> str:
     return text
 
 
-def _request_id(answer: _Answer, message: str) -> Optional[str]:
+def _request_id(answer: _Answer, key: str, message: str = "") -> Optional[str]:
     """The id to quote to the provider. Chained gateways each append theirs: the last is ours."""
     names = ("x-request-id", "x-cometapi-request-id", "x-oneapi-request-id", "request-id")
-    ids = [answer.headers[name] for name in names if answer.headers.get(name)]
-    return (ids[:1] or re.findall(r"\(request id: ([^)\s]{1,200})\)", message)[-1:] or [None])[0]
+    ids = [answer.headers[name] for name in names if answer.headers.get(name)][:1]
+    ids = ids or re.findall(r"\(request id: ([^)\s]{1,200})\)", message)[-1:]
+    return _redact(ids[0], key) if ids else None
 
 
 def _retry_after(headers: http.client.HTTPMessage) -> Optional[float]:
@@ -1384,14 +1394,15 @@ def _say(text: str, end: str = "\n") -> None:
         sys.stderr.write(text + end)
         sys.stderr.flush()
     except (OSError, AttributeError):  # full or closed: the interpreter is not to try it again
-        sys.stderr = None  # type: ignore[assignment]
+        sys.stderr = None
 
 
 def _options(argv: Optional[List[str]]) -> Any:
     import argparse  # here, as the library's start is not to wait for it
     parser = argparse.ArgumentParser(
-        prog="cometlimit", description=(__doc__ or "").partition("\n")[0], epilog=_EPILOG, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+        prog="cometlimit", description=(__doc__ or "").partition("\n")[0], epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False)  # or --api-key KEY would pass for --api-key-env, and show the key
     add = parser.add_argument
     add("prompts", nargs="*", metavar="PROMPT", help="or - for one a line on stdin")
     add("-m", "--model", metavar="MODEL", help="for rows that name none")

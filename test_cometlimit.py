@@ -8,13 +8,16 @@ import concurrent.futures
 import contextlib
 import copy
 import gc
+import heapq
 import inspect
 import io
 import itertools
 import json
 import logging
+import math
 import os
 import pickle
+import random
 import re
 import resource
 import select
@@ -664,7 +667,7 @@ class ManyQuestions(Case):
                 self.assertEqual(server.peak, bound)
 
     def test_may_be_endless(self):
-        """Of an endless source only 8 x max_concurrency prompts are taken ahead."""
+        """Of an endless source only 16 x max_concurrency prompts are taken ahead."""
         taken = []
         source = (taken.append(number) or str(number) for number in itertools.count())
         with Server(forever=reply_echo) as server:
@@ -673,7 +676,7 @@ class ManyQuestions(Case):
                 self.assertEqual(taken, [])
                 for number in range(50):
                     self.assertEqual(next(answers).text, str(number))
-                    self.assertLessEqual(len(taken), number + 1 + 16)
+                    self.assertLessEqual(len(taken), number + 1 + 32)
                 answers.close()
 
     def test_yield_an_answer_before_they_take_another_prompt(self):
@@ -1076,7 +1079,7 @@ class ARecord(Case):
         rest = (self.START, "/v1/chat/completions", "m")
         self.assertEqual([tuple(record) for record in records], [
             rest + (429, 0.5, 1, 0.0, "r7", "busy", 0, 0),
-            rest + (None, 0.5, 2, 1.0, None, "connection_error", 0, 0),
+            rest + (None, 0.5, 2, 1.25, None, "connection_error", 0, 0),  # the throttle's pause
             rest + (503, 0.5, 3, 2.0, None, "http_503", 0, 0),
             rest + (200, 0.5, 4, 4.0, "r8", None, 2, 3)])
         self.assertEqual([log.getMessage() for log in logs.records if log.levelname == "DEBUG"],
@@ -2301,6 +2304,229 @@ class TheReadme(CommandLine):
             table = file.read().partition("| `Client(...)` |")[2].partition("\n\n")[0]
         self.assertEqual(re.findall(r"(?m)^\| `(\w+)` \|", table),
                          [name for name in parameters(cometlimit.Client)])
+
+
+class Bucket:
+    """A limiter: so many requests a second, so many at once."""
+
+    def __init__(self, rate, burst=1.0):
+        self.rate, self.burst, self.level, self.at = rate, burst, burst, 0.0
+
+    def take(self, now):
+        self.level = min(self.burst, self.level + (now - self.at) * self.rate)
+        self.at = now
+        taken = self.level >= 1.0 - 1e-9
+        self.level -= taken
+        return taken
+
+    def end(self):
+        pass
+
+
+class Slots(Bucket):
+    """A cap on requests in service."""
+
+    def __init__(self, slots):
+        self.free = slots
+
+    def take(self, now):
+        self.free -= 1
+        if self.free < 0:
+            self.free += 1
+            return False
+        return True
+
+    def end(self):
+        self.free += 1
+
+
+def simulate(limiter, until, throttles=1, service=1.0, status=429, retry_after=None, travel=0.02):
+    """Clients with endless work, each with a throttle of its own, share a limiter for a while.
+
+    Returns the throttles, and for each the times at which its requests were taken and refused.
+    """
+    chance = random.Random(7)
+    clients = [cometlimit.Throttle(random=chance.random) for _ in range(throttles)]
+    taken, refused = [[] for _ in clients], [[] for _ in clients]
+    events = [(0.001 * n, n, "look", n, None) for n in range(throttles)]
+    order = itertools.count(throttles)
+    while events and events[0][0] < until:
+        now, _, what, n, ticket = heapq.heappop(events)
+        throttle = clients[n]
+        if what == "land":
+            if limiter.take(now):
+                taken[n].append(now)
+                done = now + service * chance.uniform(0.3, 1.7)
+                heapq.heappush(events, (done, next(order), "answered", n, ticket))
+            else:
+                refused[n].append(now)
+                heapq.heappush(events, (now + travel, next(order), "refused", n, ticket))
+            continue
+        if what == "answered":
+            limiter.end()
+            throttle.answered(ticket, now)
+        elif what == "refused":
+            throttle.refused(ticket, now, status, retry_after)
+        while throttle.wait(now) <= 1e-9:
+            heapq.heappush(events, (now + travel, next(order), "land", n, throttle.sent(now)))
+        if throttle.wait(now) < math.inf:
+            heapq.heappush(events, (now + throttle.wait(now), next(order), "look", n, None))
+    return clients, taken, refused
+
+
+class TheThrottle(unittest.TestCase):
+    """The arithmetic, in virtual time: nothing sleeps."""
+
+    def throttle(self, chance=0.5):
+        return cometlimit.Throttle(random=lambda: chance)
+
+    def congest(self, throttle, now, retry_after=None, status=429):
+        ticket = throttle.sent(now)
+        throttle.refused(ticket, now, status, retry_after)
+        return ticket
+
+    def test_lets_a_first_burst_leave_and_then_ever_more(self):
+        """Before any refusal nothing is known: requests leave faster and faster."""
+        throttle, now, gaps = self.throttle(), 0.0, []
+        for _ in range(60):
+            throttle.answered(throttle.sent(now), now)
+            gaps.append(throttle.wait(now))
+            now += gaps[-1]
+        self.assertLess(gaps[0], 0.1)
+        self.assertTrue(all(a > b for a, b in zip(gaps, gaps[1:])))
+        self.assertIsNone(throttle.pace)
+
+    def test_finds_the_rate_exactly(self):
+        """Taken / time between two refusals is the rate, be it one in 20 s or 20 a second."""
+        for rate, burst, delta in ((0.05, 1, 0.3), (0.5, 3, 0.12), (5, 5, 0.1), (20, 20, 0.1)):
+            with self.subTest(rate=rate):
+                (throttle,), _, _ = simulate(Bucket(rate, burst), max(40.0, 200 / rate))
+                self.assertAlmostEqual(throttle.pace / rate, 1.0, delta=delta)
+
+    def test_stays_near_the_limit_and_is_hardly_refused(self):
+        """Of a bucket's grants nearly all are used, and few requests are refused."""
+        for rate, refusals in ((0.5, 0.12), (5, 0.03), (20, 0.02)):
+            with self.subTest(rate=rate):
+                until = max(40.0, 300 / rate)
+                _, (taken,), (refused,) = simulate(Bucket(rate, 5), until)
+                self.assertGreater(len(taken), 0.78 * rate * until)
+                self.assertLess(len(refused), refusals * len(taken))
+
+    def test_obeys_retry_after_and_adds_chance(self):
+        """Nothing leaves before the server's time, and not all at it; max_delay bounds it."""
+        for asked, low, high in ((7.0, 7.0, 8.0), (0.5, 0.5, 1.0), (90.0, 30.0, 30.0)):
+            for chance in (0.0, 1.0):
+                with self.subTest(asked=asked, chance=chance):
+                    throttle = self.throttle(chance)
+                    self.congest(throttle, 10.0, asked)
+                    self.assertTrue(low <= throttle.wait(10.0) <= high, throttle.wait(10.0))
+
+    def test_waits_ever_longer_while_nothing_is_taken(self):
+        """Each refusal without a request taken since the last lengthens the pause, to a bound."""
+        throttle, now, pauses = self.throttle(), 0.0, []
+        first = throttle.sent(now)
+        throttle.refused(first, now + 0.1, 429, None)
+        now = 0.1
+        for _ in range(12):
+            pauses.append(throttle.wait(now))
+            now += pauses[-1]
+            ticket = throttle.sent(now)
+            now += 0.1
+            throttle.refused(ticket, now, 429, None)
+        self.assertEqual(pauses, sorted(pauses))
+        self.assertLess(2 * pauses[0], pauses[1])
+        self.assertLessEqual(max(pauses), 30.0)
+        self.assertGreater(pauses[-1], 5.0)
+
+    def test_sends_one_probe_after_a_pause(self):
+        """The first request after a pause goes alone until it could have been refused."""
+        throttle = self.throttle()
+        tickets = [throttle.sent(0.0) for _ in range(5)]
+        throttle.refused(tickets[0], 0.2, 429, None)
+        now = 0.2 + throttle.wait(0.2)
+        throttle.sent(now)
+        self.assertGreaterEqual(throttle.wait(now), 0.2)
+
+    def test_ignores_stragglers(self):
+        """Refusals of requests that left before the last congestion belong to it."""
+        throttle = self.throttle()
+        tickets = [throttle.sent(0.0) for _ in range(5)]
+        throttle.refused(tickets[0], 0.1, 429, None)
+        until, pace = throttle.until, throttle.pace
+        for ticket in tickets[1:4]:
+            throttle.refused(ticket, 0.11, 429, None)
+        self.assertEqual((throttle.congestions, throttle.until, throttle.pace), (1, until, pace))
+        throttle.refused(tickets[4], 0.12, 429, 9.0)  # all but a later Retry-After
+        self.assertEqual((throttle.congestions, throttle.until), (1, 9.12))
+
+    def test_finds_the_window_of_a_cap_on_concurrency(self):
+        """Refused at the same number in flight again and again: a window, not a pace."""
+        for slots in (1, 2, 8):
+            with self.subTest(slots=slots):
+                (throttle,), (taken,), (refused,) = simulate(Slots(slots), 100.0)
+                self.assertGreater(len(taken), 0.75 * slots * 100 / 1.04)
+                self.assertLess(len(refused), 0.12 * len(taken))
+
+    def test_lets_shares_equal_out(self):
+        """Clients that share a limit come to even shares, whoever came first."""
+        _, taken, _ = simulate(Bucket(4, 4), 1000.0, throttles=4)
+        shares = [sum(at > 250.0 for at in times) for times in taken]
+        self.assertGreater(sum(shares) ** 2 / (4 * sum(n * n for n in shares)), 0.85)  # Jain's
+        self.assertGreater(sum(map(len, taken)), 0.9 * 4 * 1000)
+
+    def test_takes_failures_in_a_row_for_an_outage(self):
+        """Then the door is shut, and nothing is learnt of the limit."""
+        throttle = self.throttle()
+        tickets = [throttle.sent(0.0) for _ in range(10)]
+        for ticket in tickets[:3]:
+            throttle.refused(ticket, 0.1, 503, None)
+        self.assertLessEqual(throttle.until, 0.1)  # bad luck so far
+        throttle.refused(tickets[3], 0.1, None, None)
+        self.assertGreater(throttle.until, 0.1)
+        self.assertEqual((throttle.congestions, throttle.pace), (0, None))
+
+    def test_forgives_failures_at_random(self):
+        """A failure now and then, each followed by an answer, holds nobody back."""
+        throttle, now = self.throttle(), 0.0
+        for number in range(200):
+            now += throttle.wait(now)
+            ticket = throttle.sent(now)
+            if number % 5 == 0:
+                throttle.refused(ticket, now, 500, None)
+            else:
+                throttle.answered(ticket, now)
+        self.assertLess(now, 6.0)
+
+    def test_keeps_its_pace_over_an_idle_hour(self):
+        """Time in which nobody asked says nothing about the limit."""
+        throttle, limiter, now, paces = self.throttle(), Bucket(5, 5), 0.0, []
+        for number in range(900):
+            now += throttle.wait(now) + (3600.0 if number == 500 else 0.0)
+            ticket = throttle.sent(now)
+            if limiter.take(now):
+                throttle.answered(ticket, now)
+            else:
+                throttle.refused(ticket, now, 429, None)
+            paces.append(throttle.pace)
+        self.assertAlmostEqual(min(paces[500:]) / paces[499], 1.0, delta=0.2)
+
+    def test_never_waits_longer_than_max_delay(self):
+        """Whatever comes back, and in whatever order."""
+        chance = random.Random(3)
+        for _ in range(50):
+            throttle, now, flying = cometlimit.Throttle(20.0, chance.random), 0.0, []
+            for _ in range(200):
+                now += chance.expovariate(1.0)
+                if throttle.until <= now and throttle.wait(now) == 0.0:
+                    flying.append(throttle.sent(now))
+                elif flying:
+                    ticket = flying.pop(chance.randrange(len(flying)))
+                    if chance.random() < 0.5:
+                        throttle.answered(ticket, now)
+                    else:
+                        throttle.refused(ticket, now, chance.choice([429, 503, None]),
+                                         chance.choice([None, 0.1, 50.0, 1e9, math.inf]))
+                self.assertLess(throttle.until - now, 20.001)
 
 
 class Port(Server):

@@ -107,8 +107,8 @@ class Server:
                 "usage": {"prompt_tokens": 8, "completion_tokens": 4, "total_tokens": 12}}
         data = json.dumps(value).encode()
         cut = len(data) // 2 if fault == "cut" and status == 200 else len(data)
-        writer.write(b"HTTP/1.1 %d X\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
-                     % (status, len(data)) + data[:cut])
+        writer.write(b"HTTP/1.1 %d X\r\nContent-Type: application/json\r\n"
+                     b"Content-Length: %d\r\n\r\n%s" % (status, len(data), data[:cut]))
         await writer.drain()
         return cut == len(data)
 
@@ -125,7 +125,8 @@ def with_cometlimit(url, count, width):
 def with_the_documented_loop(url, count, width):
     """The provider's own: a bounded pool, 5 attempts, min(30, 2 ** attempt) + random() on 429."""
     def ask(prompt):
-        body = json.dumps({"model": "m", "messages": [{"role": "user", "content": prompt}]}).encode()
+        body = json.dumps({"model": "m", "messages": [
+            {"role": "user", "content": prompt}]}).encode()
         for attempt in range(5):
             try:
                 request = urllib.request.Request(url + "/chat/completions", body, {
@@ -169,8 +170,8 @@ def child(name, url, count, width):
 
 def run(python, name, url, count, width, **environment):
     began = time.monotonic()
-    out = subprocess.run([python, os.path.abspath(__file__), "--child", name, url, str(count), str(width)],
-                         stdout=subprocess.PIPE, check=True, timeout=600,
+    command = [python, os.path.abspath(__file__), "--child", name, url, str(count), str(width)]
+    out = subprocess.run(command, stdout=subprocess.PIPE, check=True, timeout=600,
                          env=dict(os.environ, **environment)).stdout
     return dict(json.loads(out.decode()), process=time.monotonic() - began)
 
@@ -203,7 +204,7 @@ print(openai.OpenAI(api_key=%r, base_url=%r).chat.completions.create(
 
 
 def start(python, clients):
-    print("start: a script from its process's start to its end with one answer, median of 9 in turn")
+    print("start: a process from its start to its end with one answer, median of 9 in turn")
     times = {name: [] for name in clients}
     with Server() as server:
         for _ in range(10):
@@ -216,7 +217,7 @@ def start(python, clients):
 
 
 def cpu(python, clients):
-    print("cpu: of the client per answer over https, 16 threads, less that of one answer; median of 5")
+    print("cpu: of the client per answer over https, 16 threads, less its start; median of 5")
     times = {name: [] for name in clients}
     with tempfile.TemporaryDirectory() as folder:
         pem = os.path.join(folder, "pem")
@@ -246,7 +247,8 @@ def ratios(times, unit, scale):
 def load(python, clients):
     import cometlimit
     faults = {"reset": 0.01, "cut": 0.01, "stall": 0.01, "refuse": 0.05}
-    print("load: 200 workers for 60 s; %s" % ", ".join("%s %g%%" % (n, 100 * s) for n, s in faults.items()))
+    print("load: 200 workers for 60 s; %s" % ", ".join(
+        "%s %g%%" % (name, 100 * share) for name, share in faults.items()))
 
     def resources():
         status = open("/proc/self/status").read()
@@ -274,8 +276,8 @@ def load(python, clients):
                     middle = resources()
         time.sleep(1)
         twice = sum(times > 1 for times in server.answered.values())
-        print("  prompts %d, failed %s, requests %d, answered twice by the server %d (cut off the first"
-              " time)" % (count, codes or 0, server.seen, twice))
+        print("  prompts %d, failed %s, requests %d, served twice %d (cut off the first time)" % (
+            count, codes or 0, server.seen, twice))
         print("  descriptors, threads, MB: before %s, after 2000 prompts %s, after %s" % (
             before, middle, resources()))
 
@@ -288,7 +290,8 @@ def main():
     parser.add_argument("--python", default=sys.executable, help="the interpreter of the clients")
     options = parser.parse_args()
     clients = list(CLIENTS)
-    if subprocess.run([options.python, "-c", "import openai"], stderr=subprocess.DEVNULL).returncode:
+    probe = subprocess.run([options.python, "-c", "import openai"], stderr=subprocess.DEVNULL)
+    if probe.returncode:
         print("the OpenAI SDK is not installed: measured without it")
         clients.remove("OpenAI SDK")
     for name in options.benchmarks:
