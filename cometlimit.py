@@ -1536,8 +1536,8 @@ def _result(row: _Row, outcome: Union[Completion, Error]) -> bytes:
         if not isinstance(body, dict):
             body = {"error": {"message": body, "type": None, "param": None, "code": None}}
     response = {"status_code": status, "request_id": outcome.request_id, "body": body}
-    return json.dumps({"id": row.mark, "custom_id": row.id, "error": error,
-                       "response": response if status else None}).encode() + b"\n"
+    return json.dumps({"id": row.mark, "custom_id": row.id,
+                       "response": response if status else None, "error": error}).encode() + b"\n"
 
 
 def _code(error: Error) -> str:

@@ -2869,7 +2869,7 @@ class AConnectionKept(Hostile):
         for tls, kind in ((None, "closes"), (None, "waits"), ("127.0.0.1", "waits")):
             with self.subTest(tls=tls, kind=kind), Port(refuse, tls=tls) as server:
                 with self.client(server) as client:
-                    error = self.outcome_at(client, "x" * 8000000)
+                    error = self.outcome_at(client, "x" * 3000000)
                 self.assertEqual((error.status_code, server.connections), (413, 1), error)
 
     def test_is_kept_alive(self):
