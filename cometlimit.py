@@ -50,7 +50,6 @@ import sys
 import threading
 import time
 import urllib.parse
-import urllib.request
 from typing import Any, Callable, Deque, Dict, Iterable, Iterator, List, NamedTuple, Optional
 from typing import Set, Tuple, Type, Union
 
@@ -750,6 +749,9 @@ class Throttle:
     MEMORY = 1.5        # requests' worth of the last stretch kept: a count of k is wrong by one
     DRY = 2.5           # pause / time shut: shut times grow 3.5-fold until PROBE holds (tuned)
     PROBE = 1 / 3       # of max_delay: the longest such pause, so that a reopening is seen soon
+    NOISE = 0.09        # the share of refusals that may be chance: some 5 %, and two sigmas
+    LONG = 80           # requests that share is taken of
+    FAST = 10.0         # requests/s from which chance is reckoned with: it spoils even shares
     OUTAGE = 4          # failures in a row: of requests that fail at random, three are not rare
 
     def __init__(self, max_delay: float = 30.0,
@@ -768,6 +770,7 @@ class Throttle:
         self._taken = 0.0           # requests that got through
         self._start = 0.0           # since then: their quotient is the pace
         self._knee = 0              # in flight at the last refusal
+        self._share = 0.0           # of the last requests, was refused
         self._row = 0               # failures, with no later request answered
         self._last = 0              # the request up to which an answer is no later one
 
@@ -797,6 +800,7 @@ class Throttle:
     def answered(self, ticket: Ticket, now: float) -> None:
         """The server took it: any answer that says nothing about load."""
         self._flying -= 1
+        self._share *= 1 - 1 / self.LONG
         if ticket.number > self._last:
             self._row = 0
 
@@ -810,6 +814,9 @@ class Throttle:
             if asked:
                 self.until = max(self.until, now + asked)
         elif status == 429:
+            self._share += (1 - self._share) / self.LONG
+            if self._is_noise(now, asked):
+                return
             self._close(ticket, now, asked)
             self._cap(max(ticket.others, self._flying), fresh, asked)
             self._measure(fresh)
@@ -821,6 +828,12 @@ class Throttle:
                 self._last = self._count - 1
                 self._taken += fresh
                 self._start += self.until - now
+
+    def _is_noise(self, now: float, asked: float) -> bool:
+        """Few are refused, and below the limit: some servers do so at random. To measure a limit
+        by that would end in a crawl. (Slower ones are brought back up by growth, in time.)"""
+        return bool(self.pace and self.pace > self.FAST and self._share < self.NOISE
+                    and not asked and self._interval(now) >= 1 / self.pace)
 
     def _growth(self, now: float) -> float:
         """0 after a refusal, 1 when the limit may have doubled: requests and time count."""
@@ -1127,6 +1140,10 @@ def _tls_context(ca_file: Optional[str]) -> Any:
 
 def _proxy(scheme: str, netloc: str) -> Tuple[Optional[Tuple[str, int]], str]:
     """The proxy that the environment has for a URL, and the header line that it wants."""
+    if not (any(name.lower().endswith("_proxy") for name in os.environ)
+            or sys.platform in ("darwin", "win32")):  # which keep proxies elsewhere, too
+        return None, ""
+    import urllib.request  # late, as it brings a dozen modules that few scripts need
     named = urllib.request.getproxies().get(scheme)
     if not named or urllib.request.proxy_bypass(netloc):
         return None, ""
