@@ -272,13 +272,13 @@ def load(python, clients):
                     codes[done.code] = codes.get(done.code, 0) + 1
                 elif done.text != "echo: %d" % number:
                     codes["WRONG ANSWER"] = codes.get("WRONG ANSWER", 0) + 1
-                if number == 2000:
+                if number == 500:
                     middle = resources()
         time.sleep(1)
         twice = sum(times > 1 for times in server.answered.values())
         print("  prompts %d, failed %s, requests %d, served twice %d (cut off the first time)" % (
             count, codes or 0, server.seen, twice))
-        print("  descriptors, threads, MB: before %s, after 2000 prompts %s, after %s" % (
+        print("  descriptors, threads, MB: before %s, after 500 prompts %s, after %s" % (
             before, middle, resources()))
 
 
