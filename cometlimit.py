@@ -1280,9 +1280,10 @@ def _no_constant(name: str) -> Any:
 
 def _number(kind: Callable[[str], Any]) -> Callable[[str], Any]:
     def number(digits: str) -> Any:
-        if len(digits) > 400 or abs(kind(digits)) == math.inf:  # int() takes minutes, dumps() inf
+        value = kind(digits) if len(digits) <= 400 else math.inf  # int() of a million: minutes
+        if abs(value) == math.inf:  # which dumps() would write, and no one read
             raise ValueError("a number beyond all bounds")
-        return kind(digits)
+        return value
     return number
 
 
