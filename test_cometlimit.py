@@ -1573,6 +1573,11 @@ class CommandLine(Case):
             os.environ["COMETAPI_BASE_URL"] = server.url
             yield server
 
+    def tiring(self, line, after=5):
+        """For Server's `forever`: late after so many requests, so that a run has time to stop."""
+        count = itertools.count()
+        return lambda request: time.sleep(0.0 if next(count) < after else 0.3) or line
+
     def write(self, name, values):
         with open(name, "wb") as file:
             file.write(b"".join(map(line, values)))
@@ -1678,10 +1683,9 @@ class Prompts(CommandLine):
 
     def test_have_their_places_even_after_a_stop(self):
         """However a run ends, the array has a place for every prompt, null without an answer."""
-        refuse = status(401, {"error": {"message": "bad key"}})
-        with self.serve(*[reply("0")] + [refuse] * 5):
-            out = self.cli("-c", "1", *map(str, range(9)), expect=3)
-        self.assertEqual(json.loads(out.decode()), ["0"] + [None] * 8)
+        with self.serve(reply("0"), forever=self.tiring(status(401, "bad key"))):
+            out = self.cli("-c", "1", *map(str, range(30)), expect=3)
+        self.assertEqual(json.loads(out.decode()), ["0"] + [None] * 29)
 
         def late(request):
             if request.prompt == "0":
@@ -2119,7 +2123,8 @@ class AStop(CommandLine):
         unknown = {"error": {"message": "no", "code": "model_not_found"}}
         for code, body in ((401, refuse), (403, refuse), (404, unknown), (503, unknown),
                            (429, quota), (402, refuse)):
-            with self.subTest(code=code), self.serve(forever=status(code, body)) as server:
+            line = self.tiring(status(code, body))
+            with self.subTest(code=code), self.serve(forever=line) as server:
                 self.cli("-c", "1", "-i", "in", "-o", "out", expect=3)
                 self.assertTrue(2 <= len(server.requests) <= 10, len(server.requests))
                 self.assertIn("to go on", self.err)
