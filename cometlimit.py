@@ -314,29 +314,22 @@ class Client:
             **params: Any) -> Iterator[Any]:
         """The Completions of many prompts, lazily and in their order; they may be endless.
 
-        A prompt that fails raises its Error in its turn or, with return_exceptions, yields it. Up
-        to 16 x max_concurrency prompts are taken ahead. Leaving the loop early cancels what was not
-        sent, and hangs up on what was.
+        A prompt that fails raises its Error in its turn or, with return_exceptions, yields it.
+        Prompts are taken ahead: as many wait as are in flight, and up to 16 x max_concurrency
+        answers for a slow one before them. Leaving the loop early cancels what was not sent, and
+        hangs up on what was.
         """
         ahead: Deque[_Call] = collections.deque()
-        source, more = self._calls(prompts, params), True
+        room = threading.Semaphore(2 * self.max_concurrency - 1)  # or retries would wait for all
         try:
-            while more or ahead:
-                if more and len(ahead) < _AHEAD * self.max_concurrency and not (
-                        ahead and ahead[0].done()):
-                    for call in source:
-                        ahead.append(call)
-                        if not call.done():
-                            self._pool.submit(call)
-                        break
-                    else:
-                        more = False
-                    continue
-                error = ahead[0].exception()
-                if error is not None and not (return_exceptions and isinstance(error, Error)):
-                    raise error
-                yield error or ahead[0].result()
-                ahead.popleft()
+            for call in self._calls(prompts, params):
+                ahead.append(call)
+                call.add_done_callback(lambda _: room.release())
+                if not call.done():
+                    self._pool.submit(call)
+                room.acquire()
+                yield from _first(ahead, _AHEAD * self.max_concurrency, return_exceptions)
+            yield from _first(ahead, 1, return_exceptions)
         finally:
             self._pool.drop(ahead)
 
@@ -391,6 +384,16 @@ class Client:
                 call.over = True
                 call.set_exception(fault)
                 yield call
+
+
+def _first(ahead: "Deque[_Call]", most: int, return_exceptions: bool) -> Iterator[Any]:
+    """The outcomes that are there in their order, and, waited for, all that make it `most`."""
+    while ahead and (ahead[0].done() or len(ahead) >= most):
+        error = ahead[0].exception()
+        if error is not None and not (return_exceptions and isinstance(error, Error)):
+            raise error
+        yield error or ahead[0].result()
+        ahead.popleft()
 
 
 def _payload(prompt: Prompt, **params: Any) -> Tuple[str, bytes]:
@@ -749,9 +752,9 @@ class Throttle:
     MEMORY = 1.5        # requests' worth of the last stretch kept: a count of k is wrong by one
     DRY = 2.5           # pause / time shut: shut times grow 3.5-fold until PROBE holds (tuned)
     PROBE = 1 / 3       # of max_delay: the longest such pause, so that a reopening is seen soon
-    NOISE = 0.09        # the share of refusals that may be chance: some 5 %, and two sigmas
+    NOISE = 0.10        # the share of refusals that may be chance: some 5 %, and two sigmas
     LONG = 80           # requests that share is taken of
-    FAST = 10.0         # requests/s from which chance is reckoned with: it spoils even shares
+    FAST = 15.0         # requests/s from which chance is reckoned with: it spoils even shares
     OUTAGE = 4          # failures in a row: of requests that fail at random, three are not rare
 
     def __init__(self, max_delay: float = 30.0,
@@ -770,7 +773,7 @@ class Throttle:
         self._taken = 0.0           # requests that got through
         self._start = 0.0           # since then: their quotient is the pace
         self._knee = 0              # in flight at the last refusal
-        self._share = 0.0           # of the last requests, was refused
+        self._share = self.NOISE          # of the last requests, was refused
         self._row = 0               # failures, with no later request answered
         self._last = 0              # the request up to which an answer is no later one
 
@@ -815,7 +818,7 @@ class Throttle:
                 self.until = max(self.until, now + asked)
         elif status == 429:
             self._share += (1 - self._share) / self.LONG
-            if self._is_noise(now, asked):
+            if fresh and not asked and self._is_noise(now):
                 return
             self._close(ticket, now, asked)
             self._cap(max(ticket.others, self._flying), fresh, asked)
@@ -829,11 +832,11 @@ class Throttle:
                 self._taken += fresh
                 self._start += self.until - now
 
-    def _is_noise(self, now: float, asked: float) -> bool:
-        """Few are refused, and below the limit: some servers do so at random. To measure a limit
-        by that would end in a crawl. (Slower ones are brought back up by growth, in time.)"""
-        return bool(self.pace and self.pace > self.FAST and self._share < self.NOISE
-                    and not asked and self._interval(now) >= 1 / self.pace)
+    def _is_noise(self, now: float) -> bool:
+        """Few are refused: some servers do so at random, and to take that for a limit would end in
+        a crawl. (Slower clients are brought back up by growth, in time.)"""
+        return (self.window is None and self._share < self.NOISE
+                and 1 / self._interval(now) > self.FAST)
 
     def _growth(self, now: float) -> float:
         """0 after a refusal, 1 when the limit may have doubled: requests and time count."""
@@ -1741,7 +1744,9 @@ class _Job:
         self.events: Any = queue.Queue()  # what happened: the method for it, and its argument
         self.ids: Dict[str, int] = {}     # the input's, in order: where the answer begins, or -1
         self.calls: Dict[_Call, Tuple[int, _Row]] = {}  # under way
-        self.room = threading.Semaphore(_AHEAD * max(1, options.max_concurrency))  # rows in hand
+        width = max(1, options.max_concurrency)
+        self.room = threading.Semaphore(2 * width)       # rows without an outcome
+        self.space = threading.Semaphore(_AHEAD * width)  # rows that are not written
         self.rows = self.kept = self.answers = self.failures = self.signal = 0
         self.total: Optional[int] = None
         self.errors: Dict[str, List[Any]] = {}   # by code: how many, and the first
@@ -1872,6 +1877,7 @@ class _Job:
         try:
             for row in _rows(self.source, self.options):
                 self.room.acquire()
+                self.space.acquire()
                 self.events.put((self._ask, row))
         except (OSError, ValueError) as error:
             fault = error
@@ -1892,6 +1898,7 @@ class _Job:
             if self.ids[row.id] >= 0:
                 self.kept += 1
                 self.room.release()
+                self.space.release()
                 return
             if row.problem is not None:
                 raise row.problem
@@ -1911,13 +1918,14 @@ class _Job:
             self._receive(index, row, outcome)
 
     def _receive(self, index: int, row: _Row, outcome: Union[Completion, Error]) -> None:
+        self.room.release()
         if isinstance(outcome, Error):
             self._fail(row, outcome)
         else:
             self.answers, self.alike = self.answers + 1, (None, 0)
         try:
             for _ in range(self.sink.put(index, row, outcome) if self.writing else 0):
-                self.room.release()
+                self.space.release()
         except OSError as fault:
             self.writing = False
             self._stop("the results cannot be written: %s" % fault)
