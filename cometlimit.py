@@ -748,11 +748,12 @@ class Throttle:
     EVEN = 0.7          # growth ~ pace ** EVEN: under 1, so that small shares catch up (tuned)
     GROWN_SENT = 25     # requests in which a limit may double: at low rates 1 in 5 refused (tuned)
     GROWN_TIME = 47.0   # seconds in which it may: a minute's window less its pause (tuned)
+    ROUGH = 10          # times a first, short stretch is that time: soon measured again (tuned)
     SPARE = 0.7         # of a pause's gain, leaves at once: the rest is a bucket's reserve (tuned)
     MEMORY = 1.5        # requests' worth of the last stretch kept: a count of k is wrong by one
-    DRY = 2.5           # pause / time shut: shut times grow 3.5-fold until PROBE holds (tuned)
+    DRY = 2.2           # pause / time shut: shut times grow 3.2-fold until PROBE holds (tuned)
     PROBE = 1 / 3       # of max_delay: the longest such pause, so that a reopening is seen soon
-    NOISE = 0.10        # the share of refusals that may be chance: some 5 %, and two sigmas
+    NOISE = 0.09        # the share of refusals that may be chance: some 5 %, and two sigmas
     LONG = 80           # requests that share is taken of
     FAST = 15.0         # requests/s from which chance is reckoned with: it spoils even shares
     OUTAGE = 4          # failures in a row: of requests that fail at random, three are not rare
@@ -772,8 +773,9 @@ class Throttle:
         self._probe = 0.0           # how long the first after a pause goes alone
         self._taken = 0.0           # requests that got through
         self._start = 0.0           # since then: their quotient is the pace
+        self._trust = 1.0           # seconds in which the limit may double, by what is known
         self._knee = 0              # in flight at the last refusal
-        self._share = self.NOISE          # of the last requests, was refused
+        self._share = self.NOISE    # of the last requests, was refused
         self._row = 0               # failures, with no later request answered
         self._last = 0              # the request up to which an answer is no later one
 
@@ -841,7 +843,7 @@ class Throttle:
     def _growth(self, now: float) -> float:
         """0 after a refusal, 1 when the limit may have doubled: requests and time count."""
         sent, passed = self._count - self._first, max(0.0, now - self.until)
-        return min(sent / self.GROWN_SENT, passed / self.GROWN_TIME) ** 2
+        return min(sent / self.GROWN_SENT, passed / self._trust) ** 2
 
     def _spare(self) -> float:
         """Seconds' worth of requests that may leave at once: gained in the last pause."""
@@ -882,6 +884,7 @@ class Throttle:
             seconds = max(1e-9, self.until - self._start)
             if self.congestions > 1:    # the first began with a full bucket: too fast
                 self.pace = max(self.SLOWEST, self._taken / seconds)
+                self._trust = min(self.GROWN_TIME, max(self._trust, self.ROUGH * seconds))
             keep = min(1.0, self.MEMORY / self._taken)
             self._taken *= keep
             self._start = self.until - keep * seconds
