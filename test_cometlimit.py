@@ -2369,7 +2369,7 @@ def simulate(limiter, until, throttles=1, service=1.0, status=429, retry_after=N
     clients = [cometlimit.Throttle(random=chance.random) for _ in range(throttles)]
     taken, refused = [[] for _ in clients], [[] for _ in clients]
     events = [(0.001 * n, n, "look", n, None) for n in range(throttles)]
-    order = itertools.count(throttles)
+    order, looks = itertools.count(throttles), [0.0] * throttles
     while events and events[0][0] < until:
         now, _, what, n, ticket = heapq.heappop(events)
         throttle = clients[n]
@@ -2389,8 +2389,10 @@ def simulate(limiter, until, throttles=1, service=1.0, status=429, retry_after=N
             throttle.refused(ticket, now, status, retry_after)
         while throttle.wait(now) <= 1e-9:
             heapq.heappush(events, (now + travel, next(order), "land", n, throttle.sent(now)))
-        if throttle.wait(now) < math.inf:
-            heapq.heappush(events, (now + throttle.wait(now), next(order), "look", n, None))
+        due = now + throttle.wait(now)
+        if looks[n] <= now or due < looks[n]:
+            looks[n] = due
+            heapq.heappush(events, (due, next(order), "look", n, None))
     return clients, taken, refused
 
 
