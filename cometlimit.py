@@ -45,7 +45,6 @@ import select
 import shlex
 import signal
 import socket
-import stat
 import sys
 import threading
 import time
@@ -1391,7 +1390,7 @@ only what is missing or failed. Exit status: 0 all answered, 1 some failed,
 _TICK = 0.25    # seconds between two looks at the clock, and between two drawings of the bar
 _PLAIN = 30.0   # seconds between two lines of progress where there is no terminal
 _GRACE = 5.0    # seconds that a stopped run leaves to what is in flight
-_ALIKE = 5      # rows in a row that fail alike for good: that is no matter of the rows
+_ALIKE = 5      # rows that fail alike for good, no answer between: that is no matter of the rows
 _PATIENCE = 50  # the same of failures that might have passed
 _SIGPIPE = 13   # which Windows does not name
 
@@ -1404,24 +1403,51 @@ def main(argv: Optional[List[str]] = None) -> int:
             return _demo(stack) if options.demo else _Job(options, stack).run()
     except SystemExit as end:  # argparse's
         return int(end.code or 0)
-    except KeyboardInterrupt as stop:  # before anything was sent
-        return 128 + int((stop.args or (signal.SIGINT,))[0])
+    except KeyboardInterrupt:  # before anything was sent
+        return 128 + signal.SIGINT
     except (Error, OSError) as error:
         _say("cometlimit: error: %s" % error)
         return 2
 
 
-def _say(text: str, end: str = "\n") -> None:
-    """Write to stderr, if it can be; no server's words may steer the terminal."""
+def _say(text: str, passing: bool = False) -> None:
+    """Write a line to stderr, if it can be; a passing one is overwritten by the next."""
+    # No server's words may steer the terminal.
     text = "".join(c if c.isprintable() or c == "\n" else "\\x%02x" % ord(c) for c in text)
     try:
-        sys.stderr.write(text + end)
+        if passing:
+            text = text[:os.get_terminal_size(sys.stderr.fileno()).columns - 1] + "\x1b[K\r"
+        sys.stderr.write(text if passing else text + "\n")
         sys.stderr.flush()
     except (OSError, AttributeError):  # full or closed: the interpreter is not to try it again
         sys.stderr = None
 
 
 def _options(argv: Optional[List[str]]) -> Any:
+    parser = _parser()
+    options = parser.parse_args(argv)
+    options.param = dict(options.param or ())
+    options.key = "none" if options.dry_run or options.demo else (
+        os.environ.get(options.api_key_env))
+    options.array = not (options.input_file or options.output_file)
+    if options.prompts and options.input_file:
+        parser.error("give either prompts or -i")
+    if options.prompts in ([], ["-"]) and not (options.input_file or options.demo):
+        options.input_file = "-"
+        if sys.stdin is None or sys.stdin.isatty():
+            parser.error("nothing to ask: give prompts, -i FILE or lines on stdin")
+    if options.model == "" or options.array and not (options.model or options.demo):
+        parser.error("name a model: -m MODEL")
+    if not (options.deadline > 0 and options.max_failures > 0):
+        parser.error("--deadline and --max-failures are numbers above 0")
+    if not options.key:
+        parser.error("there is no API key: set %s" % options.api_key_env)
+    if argv is None:  # 3.6 in the C locale takes UTF-8 for bytes that it cannot read
+        options.prompts = [os.fsencode(text).decode("utf-8", "replace") for text in options.prompts]
+    return options
+
+
+def _parser() -> Any:
     import argparse  # here, as the library's start is not to wait for it
     parser = argparse.ArgumentParser(
         prog="cometlimit", description=(__doc__ or "").partition("\n")[0], epilog=_EPILOG,
@@ -1435,8 +1461,8 @@ def _options(argv: Optional[List[str]]) -> Any:
     add("-c", "--max-concurrency", type=int, default=5, metavar="N", help="in flight at once (5)")
     add("--retries", type=int, default=4, metavar="N", help="attempts after the first (4)")
     add("--timeout", type=float, default=600.0, metavar="SEC", help="of one attempt (600)")
-    add("--deadline", type=_above_0, metavar="SEC", help="stop the run after that long")
-    add("--max-failures", type=_above_0, metavar="N", help="stop the run after N failed rows")
+    add("--deadline", type=float, default=math.inf, metavar="SEC", help="stop after so long")
+    add("--max-failures", type=float, default=math.inf, metavar="N", help="stop after N failed")
     add("--param", type=_param, action="append", metavar="NAME=JSON", help="a field of each body")
     add("--system", metavar="TEXT", help="a system message before each plain prompt")
     add("--shard", type=_shard, default=(0, 1), metavar="I/N", help="of every N rows the I-th")
@@ -1447,27 +1473,7 @@ def _options(argv: Optional[List[str]]) -> Any:
     add("-q", "--quiet", action="store_true", help="no progress, no summary")
     add("--demo", action="store_true", help="see it find the limit of a server of its own")
     add("--version", action="version", version="%(prog)s " + __version__)
-    options = parser.parse_args(argv)
-    options.key, options.param = None, dict(options.param or ())
-    options.command = sys.argv[1:] if argv is None else argv
-    options.array = not (options.input_file or options.output_file)
-    if options.prompts and options.input_file:
-        parser.error("give either prompts or -i")
-    if options.prompts in ([], ["-"]) and not (options.input_file or options.demo):
-        options.input_file = "-"
-        if sys.stdin is None or sys.stdin.isatty():
-            parser.error("nothing to ask: give prompts, -i FILE or lines on stdin")
-    if options.model == "" or options.array and not (options.model or options.demo):
-        parser.error("name a model: -m MODEL")
-    if argv is None:  # 3.6 in the C locale takes UTF-8 for bytes that it cannot read
-        options.prompts = [os.fsencode(text).decode("utf-8", "replace") for text in options.prompts]
-    return options
-
-
-def _above_0(text: str) -> float:
-    if not 0 < float(text) < math.inf:
-        raise ValueError
-    return float(text)
+    return parser
 
 
 def _param(text: str) -> Tuple[str, Any]:
@@ -1491,8 +1497,9 @@ class _Row(NamedTuple):
     """A question of the input."""
 
     id: str      # its custom_id, else its line
-    mark: str    # the id of its result, made of what it says: by it another input is known
+    order: int   # its place among the rows of this run
     line: int
+    mark: int    # made of what it says: by it another input is known
     body: Dict[str, Any]
     problem: Optional[ConfigurationError]  # why it cannot be asked
 
@@ -1501,21 +1508,21 @@ def _rows(lines: Iterable[bytes], options: Any) -> Iterator[_Row]:
     """The rows of the shard. Only \\n ends a line: other ends may stand inside of strings."""
     count, (at, shards) = 0, options.shard
     for number, line in enumerate(lines, 1):
-        if number == 1 and line.startswith(b"\xef\xbb\xbf"):
+        if line.startswith(b"\xef\xbb\xbf"):
             line = line[3:]
         line = line.strip(b" \t\r\n\f\v\0")
         if line:
             if count % shards == at:
-                yield _row(line, number, options)
+                yield _row(line, count // shards, number, options)
             count += 1
 
 
-def _row(line: bytes, number: int, options: Any) -> _Row:
+def _row(line: bytes, order: int, number: int, options: Any) -> _Row:
     name, body, problem = "line-%d" % number, {}, None
     try:
         text = line.decode("utf-8")
-        strict = text[0] == "{" and not options.array
-        value = _parse(text) if strict else _loosely(text) if text[0] in '{["' else text
+        parse = _parse if text[0] == "{" and not options.array else _loosely
+        value = parse(text) if text[0] in '{["' else text
         value = value if isinstance(value, dict) else {"prompt": value}
         if isinstance(value.get("custom_id"), (str, int)):
             name = str(value["custom_id"])
@@ -1525,8 +1532,7 @@ def _row(line: bytes, number: int, options: Any) -> _Row:
     except ValueError as fault:
         problem = ConfigurationError("line %d is no JSON: %s" % (number, fault),
                                      code="invalid_json_line")
-    crcs = binascii.crc32(name.encode("utf-8", "backslashreplace")), binascii.crc32(line)
-    return _Row(name, "batch_req_%08x%08x" % crcs, number, body, problem)
+    return _Row(name, order, number, binascii.crc32(line), body, problem)
 
 
 def _body(value: Dict[str, Any], options: Any) -> Dict[str, Any]:
@@ -1552,15 +1558,17 @@ def _body(value: Dict[str, Any], options: Any) -> Dict[str, Any]:
 def _result(row: _Row, outcome: Union[Completion, Error]) -> bytes:
     """The OpenAI Batch output line. A failure stands in both the places where readers look for it:
     https://github.com/openai/openai-openapi/issues/302"""
-    status, body, error = 200, outcome.body, None  # type: Optional[int], Any, Any
+    status, body = getattr(outcome, "status_code", 200), outcome.body
+    error: Optional[Dict[str, Any]] = None
     if isinstance(outcome, Error):
-        status, error = outcome.status_code, {"code": _code(outcome), "message": str(outcome)}
+        error = {"code": _code(outcome), "message": str(outcome)}
         if isinstance(outcome, ConfigurationError):
             error["line"] = row.line
         if not isinstance(body, dict):
             body = {"error": {"message": body, "type": None, "param": None, "code": None}}
     response = {"status_code": status, "request_id": outcome.request_id, "body": body}
-    return json.dumps({"id": row.mark, "custom_id": row.id,
+    names = binascii.crc32(row.id.encode("utf-8", "backslashreplace")), row.mark
+    return json.dumps({"id": "batch_req_%08x%08x" % names, "custom_id": row.id,
                        "response": response if status else None, "error": error}).encode() + b"\n"
 
 
@@ -1580,6 +1588,9 @@ def _answered(result: Dict[str, Any]) -> bool:
             and bool(body) and not body.get("error"))
 
 
+# Results
+
+
 def _write(fd: int, data: bytes) -> None:
     """All of it or an OSError: file objects keep what a full disk refused, and write it later."""
     left = memoryview(data)
@@ -1587,46 +1598,50 @@ def _write(fd: int, data: bytes) -> None:
         left = left[os.write(fd, left):]
 
 
+def _stdout() -> Callable[[bytes], Any]:
+    """What writes to stdout, whatever stands for it."""
+    out: Any = sys.stdout
+    if out is None:
+        raise ConfigurationError("stdout is closed: the answers would go nowhere")
+    out.flush()
+    try:
+        fd = out.fileno()
+        return lambda data: _write(fd, data)
+    except OSError:  # a stream of Python's
+        return out.buffer.write if hasattr(out, "buffer") else lambda data: out.write(data.decode())
+
+
 class _Stream:
     """Results to a pipe, in the order of the rows: what comes early is held back."""
 
-    def __init__(self, out: Any, array: bool) -> None:
-        self.out, self.array = out, array  # a descriptor, or a stream that has none
+    def __init__(self, write: Callable[[bytes], Any], array: bool) -> None:
+        self.write, self.array = write, array
         self.early: Dict[int, bytes] = {}
         self.written = 0
 
-    def put(self, index: int, row: _Row, outcome: Union[Completion, Error]) -> int:
+    def put(self, row: _Row, outcome: Union[Completion, Error]) -> int:
         """Take a result; returns how many have gone out by it."""
         if self.array:  # half a surrogate pair becomes the escape that JSON has for it
             text = json.dumps(getattr(outcome, "text", None), ensure_ascii=False)
-            self.early[index] = text.encode("utf-8", "backslashreplace")
+            self.early[row.order] = text.encode("utf-8", "backslashreplace")
         else:
-            self.early[index] = _result(row, outcome)
+            self.early[row.order] = _result(row, outcome)
         before = self.written
         while self.written in self.early:
-            self.emit()
+            self._emit(self.early.pop(self.written))
         return self.written - before
 
-    def emit(self) -> None:
-        data = self.early.pop(self.written, b"null" if self.array else b"")
+    def close(self, rows: int) -> None:
+        for order in range(self.written, rows):  # after a stop there may be gaps
+            self._emit(self.early.get(order, b"null" if self.array else b""))
+        if self.array:
+            self.write(b"]\n" if rows else b"[]\n")
+
+    def _emit(self, data: bytes) -> None:
         if self.array:
             data = (b",\n " if self.written else b"[") + data
         self.written += 1
-        self.send(data)
-
-    def send(self, data: bytes) -> None:
-        if isinstance(self.out, int):
-            _write(self.out, data)
-        elif hasattr(self.out, "buffer"):
-            self.out.buffer.write(data)
-        else:
-            self.out.write(data.decode())
-
-    def close(self, rows: int) -> None:
-        while self.written < rows:  # after a stop there may be gaps
-            self.emit()
-        if self.array:
-            self.send(b"]\n" if rows else b"[]\n")
+        self.write(data)
 
 
 class _Checkpoint:
@@ -1635,92 +1650,92 @@ class _Checkpoint:
     A result is appended, in one piece, as soon as it is there, whatever is still open before it: a
     kill costs none that was received. close() puts the rows into the input's order and leaves only
     the last of each, in a copy that takes the file's place.
+
+    A place is the offset of a row's line + 1: negative for a failure, which gives way; 0: none.
     """
 
-    def __init__(self, path: str, ids: Dict[str, int]) -> None:
-        self.path = os.path.realpath(path)
-        self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
-        self.ids = ids                    # where the answer to each row begins, or -1
-        self.failed: Dict[str, int] = {}  # where the last failure of a row begins
-        self.found: Dict[str, int] = {}   # as ids, of rows not met yet, with the mark: see learn()
+    def __init__(self, fd: int, path: str, places: Dict[str, int]) -> None:
+        self.fd, self.path = fd, path
+        self.places = places              # of the rows of the input, in its order
+        # Of rows not met yet, << 32, with the mark: tuples would take 100 bytes more for each.
+        self.found: Dict[str, int] = {}
         self.lines = self.end = 0
         self.gap = b""                    # what is missing at the end
+        self._lock()
+        self._load()
 
-    def load(self) -> None:
-        """Make sure that no other run writes here, and learn what those before have written."""
+    def _lock(self) -> None:
         try:
             import fcntl
             fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # A run that has just ended may have put another file in the place of this one.
-            held = not os.path.samestat(os.fstat(self.fd), os.stat(self.path))
+            if not os.path.samefile(self.fd, self.path):
+                raise BlockingIOError  # a run that has just ended put another file in its place
         except ImportError:  # on Windows
-            held = False
+            pass
         except BlockingIOError:
-            held = True
-        if held:
-            raise ConfigurationError("another run writes to %s" % self.path)
+            raise ConfigurationError("another run writes to %s" % self.path) from None
+
+    def _load(self) -> None:
         bad, start = 0, b'{"id": "batch_req_'
         with open(self.path, "rb") as lines:
             for line in lines:
+                whole = line.endswith(b"\n")
                 try:
-                    self.learn(_parse(line.decode("utf-8").lstrip("\ufeff"), 2 * _MAX_DEPTH))
+                    self._learn(_parse(line.decode("utf-8").lstrip("\ufeff"), 2 * _MAX_DEPTH))
                 except (ValueError, LookupError, TypeError, AttributeError):
-                    ours = self.found or line[:len(start)] == start[:len(line)]
-                    if ours and not line.endswith(b"\n"):
+                    if not whole and (self.found or line[:len(start)] == start[:len(line)]):
                         break  # torn by a kill: the next row takes its place
                     bad += 1
                 self.lines, self.end = self.lines + 1, self.end + len(line)
-                self.gap = b"" if line.endswith(b"\n") else b"\n"
+                self.gap = b"" if whole else b"\n"
         if bad:
             _say("cometlimit: %d lines of %s are no results" % (bad, self.path))
             if not self.found:
                 raise ConfigurationError("%s holds something else: it is left as it is" % self.path)
 
-    def learn(self, result: Any) -> None:
-        name = str(result["custom_id"])
+    def _learn(self, result: Any) -> None:
+        name, place = str(result["custom_id"]), self.end + 1
         if _answered(result):
-            self.failed.pop(name, None)
-            mark = re.match("batch_req_([0-9a-f]{16})$", str(result.get("id")))
-            # Both numbers in one: of a million rows, tuples would take 100 MB more.
-            self.found[name] = self.end << 64 | (int(mark.group(1), 16) if mark else 0)
-        elif self.found.setdefault(name, -1) < 0:
-            self.failed[name] = self.end
+            mark = re.match("batch_req_[0-9a-f]{8}([0-9a-f]{8})$", str(result.get("id")))
+            self.found[name] = place << 32 | (int(mark.group(1), 16) if mark else 0)
+        elif self.found.get(name, 0) <= 0:
+            self.found[name] = -place << 32
 
-    def start(self, row: _Row) -> int:
-        """Where the answer to a row that is met begins, or -1."""
-        found = self.found.get(row.id, -1)
-        mark = found % (1 << 64) if found >= 0 else 0
-        if mark and mark != int(row.mark[10:], 16):
+    def place(self, row: _Row) -> int:
+        """Where the result of a row that is met stands. Raises ConfigurationError."""
+        place, mark = divmod(self.found.get(row.id, 0), 1 << 32)
+        if mark not in (0, row.mark):
             raise ConfigurationError("%s is of another input: there, %r asked something else"
                                      % (self.path, row.id))
         self.found.pop(row.id, None)
-        return found >> 64
+        return place
 
-    def put(self, _: int, row: _Row, outcome: Union[Completion, Error]) -> int:
-        line = self.gap + _result(row, outcome)
+    def put(self, row: _Row, outcome: Union[Completion, Error]) -> int:
+        line, place = self.gap + _result(row, outcome), self.end + len(self.gap) + 1
         try:
             os.ftruncate(self.fd, self.end)
             _write(self.fd, line)
         except OSError:  # a full disk takes half a row
             os.ftruncate(self.fd, self.end)
             raise
-        where = self.ids if isinstance(outcome, Completion) else self.failed
-        where[row.id] = self.end + len(self.gap)
+        if isinstance(outcome, Completion):
+            self.places[row.id] = place
+        elif self.places.get(row.id, 0) <= 0:
+            self.places[row.id] = -place
         self.lines, self.end, self.gap = self.lines + 1, self.end + len(line), b""
         return 1
 
     def close(self, _: int) -> None:
-        self.ids.update((name, found >> 64) for name, found in self.found.items())
-        order = [start if start >= 0 else self.failed[name] for name, start in self.ids.items()
-                 if start >= 0 or name in self.failed]
+        self.places.update((name, found >> 32) for name, found in self.found.items())
+        order = [abs(place) for place in self.places.values() if place]
         os.ftruncate(self.fd, self.end)
         if len(order) == self.lines and order == sorted(order):
             return
         draft = self.path + ".sorted"
         try:
             with open(self.path, "rb") as rows, open(draft, "wb") as copy:
-                for start in order:
-                    rows.seek(start)
+                for place in order:
+                    rows.seek(place - 1)
                     copy.write(rows.readline().rstrip(b"\n") + b"\n")
                 copy.flush()
                 os.fsync(copy.fileno())
@@ -1735,66 +1750,125 @@ class _Checkpoint:
 # A run
 
 
+class _Tally:
+    """What became of the rows of a run: counted, and shown on stderr."""
+
+    def __init__(self, options: Any) -> None:
+        self.options = options
+        self.total: Optional[int] = None  # rows, if that is known beforehand
+        self.kept = self.answers = self.failures = 0  # kept: answered by an earlier run
+        self.errors: Dict[str, List[Any]] = {}  # by code: how many, and the first
+        self.alike: Dict[Any, int] = collections.Counter()  # failures since the last answer
+        self.began = self.shown = time.monotonic()
+        shared = options.output_file in (None, "-") and sys.stdout is not None and (
+            sys.stdout.isatty())  # by the answers
+        self.bar = not (options.quiet or shared or sys.stderr is None) and sys.stderr.isatty()
+
+    def count(self, row: _Row, outcome: Union[Completion, Error]) -> str:
+        """Count an outcome. Returns why the run should end by it, or ""."""
+        if isinstance(outcome, Completion):
+            self.answers += 1
+            self.alike.clear()
+            return ""
+        self.failures += 1
+        code, status = _code(outcome), outcome.status_code
+        self.errors.setdefault(code, [0, "%s: %s" % (row.id, outcome)])[0] += 1
+        if self.options.array:
+            _say("cometlimit: %s: %s" % (row.id, outcome))
+        if outcome.retryable or isinstance(outcome, APIConnectionError) or (
+                status in (401, 402, 403, 404, 429, 503)):  # no matter of the row
+            self.alike[code, status] += 1
+        if self.alike[code, status] >= (_PATIENCE if outcome.retryable else _ALIKE):
+            return "%d rows failed alike, with no answer between" % self.alike[code, status]
+        if self.failures >= self.options.max_failures:
+            return "%d rows failed" % self.failures
+        return ""
+
+    def progress(self, client: Client) -> str:
+        asked, total = self.answers + self.failures, self.total
+        done, rate = self.kept + asked, asked / max(0.001, self.shown - self.began)
+        text = "%d%s done" % (done, "" if total is None else "/%d" % total)
+        if total and self.bar:
+            text = "[%-16s] %s" % ("#" * (16 * done // total), text)
+        text += ", %d failed" % self.failures if self.failures else ""
+        if total and rate:
+            text += ", %d:%02d left" % divmod((total - done) / rate, 60)
+        text += ", %.1f/s" % rate
+        for (_, model), stats in sorted(client.metrics.items()):
+            limits = ", ".join(words % value for words, value in (
+                ("rate limit %.3g/s", stats.pace), ("window %d", stats.window),
+                ("429 x %d", stats.statuses[429])) if value)
+            text += "; %s: %s" % (model, limits) if limits else ""
+        return text
+
+    def summary(self, client: Client) -> Iterator[str]:
+        form = "%-20s %8s %8s %7s %10s %10s %6s %6s"
+        yield form % ("model", "requests", "answers", "retries", "tokens in", "out", "p50 s",
+                      "p95 s")
+        for (_, model), stats in sorted(client.metrics.items()):
+            yield form % (model, stats.requests, stats.answers, stats.retries, stats.prompt_tokens,
+                          stats.completion_tokens, "%.2f" % stats.latency(0.5),
+                          "%.2f" % stats.latency(0.95))
+            yield "  statuses: " + ", ".join("%s x %d" % (status or "none", stats.statuses[status])
+                                             for status in sorted(stats.statuses, key=str))
+        for code, (count, sample) in sorted(self.errors.items()):
+            yield "%d x %s, first %s" % (count, code, sample)
+        yield "%d answered, %d failed, %d kept, %.1f s" % (
+            self.answers, self.failures, self.kept, time.monotonic() - self.began)
+
+
 class _Job:
-    """One run: rows in, results out, and what is to be seen of it meanwhile.
+    """One run: rows in, results out.
 
     A thread of its own reads the input, so that neither results nor signals wait for it. This one,
     the main thread, does all the rest, and it alone writes.
     """
 
     def __init__(self, options: Any, stack: contextlib.ExitStack) -> None:
-        self.options, self.stack = options, stack
+        self.options, self.stack, self.tally = options, stack, _Tally(options)
         self.events: Any = queue.Queue()  # what happened: the method for it, and its argument
-        self.ids: Dict[str, int] = {}     # the input's, in order: where the answer begins, or -1
-        self.calls: Dict[_Call, Tuple[int, _Row]] = {}  # under way
+        self.calls: Dict[_Call, _Row] = {}  # under way
+        self.places: Dict[str, int] = {}    # by id: above 0 where there is an answer already
+        self.files: Dict[str, int] = {}     # that are open, by what they are for
+        self.rows = self.signal = 0         # rows that were met
         width = max(1, options.max_concurrency)
-        self.room = threading.Semaphore(2 * width)       # rows without an outcome
+        self.room = threading.Semaphore(2 * width)        # rows without an outcome
         self.space = threading.Semaphore(_AHEAD * width)  # rows that are not written
-        self.rows = self.kept = self.answers = self.failures = self.signal = 0
-        self.total: Optional[int] = None
-        self.errors: Dict[str, List[Any]] = {}   # by code: how many, and the first
-        self.alike: Tuple[Any, int] = (None, 0)  # the last failure, and how many such in a row
-        self.started, self.reading, self.writing = False, False, True
-        self.reason, self.until = "", math.inf   # why the run ends early, and at the latest when
-        self.began = self.shown = time.monotonic()
+        self.reading, self.reason, self.until = False, "", math.inf  # why, and when it ends early
+        self.client = Client(
+            api_key=options.key, base_url=options.base_url, timeout=options.timeout,
+            max_retries=options.retries, max_concurrency=options.max_concurrency,
+            on_record=lambda record: self.events.put((self._log, record)))
+        stack.callback(self.client.close)
+        self.source, self.known = self._input(options.input_file)
+        self.sink = self._output(options.output_file or "-")
 
     def run(self) -> int:
         """Returns the exit status. Raises ConfigurationError or OSError before anything is sent."""
-        options = self.options
+        options, lost = self.options, False
+        if options.dry_run:
+            return int(self._survey() > 0)
+        if self.known:
+            self._survey()
+            self.tally.total = self.rows
+        self.joblog = options.joblog and self._open("job log", options.joblog, os.O_WRONLY)
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self.stack.callback(signal.signal, number, signal.signal(number, self._on_signal))
-        self.client: Any = None if options.dry_run else self._client()
-        self.source, self.known = self._input(options.input_file)
-        self.sink = self._output(options.output_file or "-")
-        self.bar = sys.stderr is not None and sys.stderr.isatty() and not options.quiet and not (
-            isinstance(self.sink, _Stream) and sys.stdout.isatty())
-        if options.dry_run or self.known:
-            bad = self._survey()
-            if options.dry_run:
-                return int(bad > 0)
-        self.joblog = self._open_joblog(options.joblog)
-        self.started = self.reading = True
+        self.reading = True
         threading.Thread(target=self._read, daemon=True).start()
-        while self.calls or self.reading and not self.reason:
-            try:
-                handle, what = self.events.get(timeout=_TICK)
-                handle(what)
-            except queue.Empty:
-                pass
-            self._look()
-        return self._end()
-
-    def _client(self) -> Client:
-        options = self.options
-        key = options.key or os.environ.get(options.api_key_env)
-        if not key:
-            raise ConfigurationError("there is no API key: set %s" % options.api_key_env)
-        client = Client(api_key=key, base_url=options.base_url, max_retries=options.retries,
-                        max_concurrency=options.max_concurrency, timeout=options.timeout,
-                        on_record=lambda record: self.events.put((self._log, record)))
-        self.stack.callback(client.close)
-        return client
+        try:
+            while self.calls or self.reading and not self.reason or not self.events.empty():
+                with contextlib.suppress(queue.Empty):
+                    handle, what = self.events.get(timeout=_TICK)
+                    handle(what)
+                self._look()
+            self.sink.close(self.rows)
+        except OSError as fault:  # nothing of what is still in flight could be written either
+            lost, self.reason = True, "the results cannot be written: %s" % fault
+            if isinstance(fault, BrokenPipeError):
+                self.signal = _SIGPIPE  # as `head` leaves: quietly
+        return self._end(lost)
 
     def _input(self, path: Optional[str]) -> Tuple[Any, bool]:
         """The input's lines, and whether they are known beforehand: can be read twice."""
@@ -1802,67 +1876,50 @@ class _Job:
             return [json.dumps(prompt).encode() for prompt in self.options.prompts], True
         # Not sys.stdin: a thread that waits for it would abort the interpreter's end.
         source = open(sys.stdin.fileno() if path == "-" else path, "rb", closefd=path != "-")
-        known = stat.S_ISREG(os.fstat(source.fileno()).st_mode)
+        known = os.path.isfile(source.fileno())
         # A pipe that is still waited for cannot be closed.
         self.stack.callback(lambda: source.close() if known or not self.reading else None)
+        self.files["input"] = source.fileno()
         return source, known
 
     def _output(self, path: str) -> Any:
+        array = self.options.array
+        if self.options.dry_run and not os.path.isfile(path):
+            return None
         if path == "-":
-            if sys.stdout is None:
-                raise ConfigurationError("stdout is closed: the answers would go nowhere")
-            sys.stdout.flush()
-            try:
-                return _Stream(sys.stdout.fileno(), self.options.array)
-            except OSError:  # a stream of Python's
-                return _Stream(sys.stdout, self.options.array)
-        self._refuse_source(path)
+            return _Stream(_stdout(), array)
         if os.path.exists(path) and not os.path.isfile(path):  # a pipe or a device
-            fd = os.open(path, os.O_WRONLY)
-            self.stack.callback(os.close, fd)
-            return _Stream(fd, self.options.array)
-        if self.options.dry_run and not os.path.exists(path):
-            return None
-        sink = _Checkpoint(path, self.ids)
-        self.stack.callback(os.close, sink.fd)
-        sink.load()
-        return sink
+            fd = self._open("output", path, os.O_WRONLY)
+            return _Stream(lambda data: _write(fd, data), array)
+        fd = self._open("output", path, os.O_RDWR)
+        return _Checkpoint(fd, os.path.realpath(path), self.places)
 
-    def _open_joblog(self, path: Optional[str]) -> Optional[int]:
-        if path is None:
-            return None
-        self._refuse_source(path)
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    def _open(self, role: str, path: str, mode: int) -> int:
+        for other, fd in self.files.items():
+            if os.path.isfile(path) and os.path.samefile(path, fd):
+                raise ConfigurationError("%s is the %s" % (path, other))
+        self.files[role] = fd = os.open(path, mode | os.O_CREAT | os.O_APPEND, 0o666)
         self.stack.callback(os.close, fd)
-        if isinstance(self.sink, _Checkpoint) and os.path.samestat(
-                os.fstat(fd), os.fstat(self.sink.fd)):
-            raise ConfigurationError("%s is the output" % path)
         return fd
-
-    def _refuse_source(self, path: str) -> None:
-        if not isinstance(self.source, list) and os.path.isfile(path) and os.path.samestat(
-                os.stat(path), os.fstat(self.source.fileno())):
-            raise ConfigurationError("%s is the input" % path)
 
     def _survey(self) -> int:
         """Go through the whole input before anything is sent. Returns how many rows are bad."""
         models: Dict[str, int] = collections.Counter()
-        self.total = bad = 0
+        bad = 0
         for row in _rows(self.source, self.options):
             self._meet(row)
-            self.total += 1
             models[str(row.body.get("model"))] += 1
             bad += row.problem is not None
             if row.problem and self.options.dry_run:
                 _say("%s: %s" % (row.id, row.problem))
-            if self.bar and self.total % 10000 == 0:
-                _say("%d rows read" % self.total, "\x1b[K\r")
+            if self.tally.bar and self.rows % 10000 == 0:
+                _say("%d rows read" % self.rows, passing=True)
         if isinstance(self.sink, _Checkpoint) and self.sink.found:
             found = self.sink.found
             raise ConfigurationError("%s is of another input: no row asks for %r, nor for %d more"
                                      % (self.sink.path, min(found), len(found) - 1))
         if self.options.dry_run:
-            _say("%d rows, %d bad; by model: %s" % (self.total, bad, ", ".join(
+            _say("%d rows, %d bad; by model: %s" % (self.rows, bad, ", ".join(
                 "%s x %d" % pair for pair in models.items())))
         elif not isinstance(self.source, list):
             self.source.seek(0)
@@ -1870,85 +1927,59 @@ class _Job:
 
     def _meet(self, row: _Row) -> None:
         """Take note of a row of the input."""
-        if row.id in self.ids:
+        self.rows = row.order + 1
+        if row.id in self.places:
             raise ConfigurationError("line %d: the custom_id %r stands twice in the input"
                                      % (row.line, row.id))
-        self.ids[row.id] = self.sink.start(row) if isinstance(self.sink, _Checkpoint) else -1
+        self.places[row.id] = self.sink.place(row) if isinstance(self.sink, _Checkpoint) else 0
+        self.tally.kept += self.places[row.id] > 0
 
     def _read(self) -> None:
-        fault = None
+        problem = ""
         try:
             for row in _rows(self.source, self.options):
                 self.room.acquire()
                 self.space.acquire()
                 self.events.put((self._ask, row))
-        except (OSError, ValueError) as error:
-            fault = error
-        self.events.put((self._read_all, fault))
+        except (OSError, ValueError) as fault:
+            problem = "the input cannot be read: %s" % fault
+        self.events.put((self._read_all, problem))
 
-    def _read_all(self, fault: Optional[Exception]) -> None:
+    def _read_all(self, problem: str) -> None:
         self.reading = False
-        if fault is not None:
-            self._stop("the input cannot be read: %s" % fault)
+        self._stop(problem)
 
     def _ask(self, row: _Row) -> None:
         if self.reason:
             return
-        index, self.rows = self.rows, self.rows + 1
         try:
             if not self.known:
                 self._meet(row)
-            if self.ids[row.id] >= 0:
-                self.kept += 1
+            if self.places[row.id] > 0:
                 self.room.release()
                 self.space.release()
                 return
             if row.problem is not None:
                 raise row.problem
-            call = self.client._call(**row.body)
-        except ConfigurationError as problem:
-            self._receive(index, row, problem)
-        else:
-            self.calls[call] = index, row
-            call.add_done_callback(lambda call: self.events.put((self._finish, call)))
+            call = _Call(*_payload(**row.body))
             self.client._pool.submit(call)
+        except ConfigurationError as problem:
+            call = _Call()
+            call.over = True
+            call.set_exception(problem)
+        self.calls[call] = row
+        call.add_done_callback(lambda call: self.events.put((self._finish, call)))
 
     def _finish(self, call: _Call) -> None:
-        index, row = self.calls.pop(call)
+        row = self.calls.pop(call)
         outcome: Any = call.exception() or call.result()
-        if not (self.reason and isinstance(outcome, Error) and (
-                outcome.retryable or outcome.code == _CANCELLED)):  # left to the next run
-            self._receive(index, row, outcome)
-
-    def _receive(self, index: int, row: _Row, outcome: Union[Completion, Error]) -> None:
+        if self.reason and isinstance(outcome, Error) and (
+                outcome.retryable or outcome.code == _CANCELLED):
+            return  # left to the next run
         self.room.release()
-        if isinstance(outcome, Error):
-            self._fail(row, outcome)
-        else:
-            self.answers, self.alike = self.answers + 1, (None, 0)
-        try:
-            for _ in range(self.sink.put(index, row, outcome) if self.writing else 0):
-                self.space.release()
-        except OSError as fault:
-            self.writing = False
-            self._stop("the results cannot be written: %s" % fault)
-            if isinstance(fault, BrokenPipeError):
-                self.signal = _SIGPIPE  # as `head` leaves: quietly
-
-    def _fail(self, row: _Row, error: Error) -> None:
-        """Count a failure. Many alike in a row, no answer between, are no matter of the rows."""
-        self.failures += 1
-        self.errors.setdefault(_code(error), [0, "%s: %s" % (row.id, error)])[0] += 1
-        if self.options.array:
-            _say("cometlimit: %s: %s" % (row.id, error))
-        alike = _code(error), error.status_code
-        common = error.retryable or isinstance(error, APIConnectionError) or (
-            error.status_code in (401, 402, 403, 404, 429, 503))
-        self.alike = alike, (self.alike[1] if alike == self.alike[0] else 0) + common
-        if self.alike[1] >= (_PATIENCE if error.retryable else _ALIKE):
-            self._stop("%d rows in a row failed alike" % self.alike[1])
-        elif self.failures >= (self.options.max_failures or math.inf):
-            self._stop("%d rows failed" % self.failures)
+        self._stop(self.tally.count(row, outcome))
+        for _ in range(self.sink.put(row, outcome)):
+            self.space.release()
 
     def _log(self, record: Record) -> None:
         if self.joblog is not None:
@@ -1959,115 +1990,68 @@ class _Job:
                 self.joblog = None
 
     def _on_signal(self, number: int, _: Any) -> None:
-        if not self.started:
-            raise KeyboardInterrupt(number)
         if self.signal:
             os._exit(128 + number)  # the second one: what was received is written already
         self.signal = number
 
     def _stop(self, reason: str) -> None:
-        """Send nothing more. What is in flight has some seconds left."""
-        if not self.reason:
+        """If there is a reason, send nothing more. What is in flight has some seconds left."""
+        if reason and not self.reason:
             self.reason, self.until = reason, time.monotonic() + _GRACE
             self.client.max_retries = 0
             self.client._pool.drop([call for call in self.calls if call.ticket is None])
 
     def _look(self) -> None:
         """Do what is due by the clock."""
-        now = time.monotonic()
+        now, tally = time.monotonic(), self.tally
         if self.signal:
             self._stop("signal %d" % self.signal)
-        if now - self.began > (self.options.deadline or math.inf):
+        if now - tally.began > self.options.deadline:
             self._stop("its deadline has passed")
         if now > self.until:
             self.client.close()
-        if not self.options.quiet and now - self.shown >= (_TICK if self.bar else _PLAIN):
-            self.shown = now
-            text = self._progress(now)
-            _say(text[:os.get_terminal_size(2).columns - 1] if self.bar else text,
-                 "\x1b[K\r" if self.bar else "\n")
+        if not self.options.quiet and now - tally.shown >= (_TICK if tally.bar else _PLAIN):
+            tally.shown = now
+            _say(tally.progress(self.client), tally.bar)
 
-    def _progress(self, now: float) -> str:
-        done, total = self.kept + self.answers + self.failures, self.total
-        rate = (self.answers + self.failures) / max(0.001, now - self.began)
-        text = "%d%s done" % (done, "" if total is None else "/%d" % total)
-        if self.bar and total:
-            text = "[%-16s] %s" % ("#" * (16 * done // total), text)
-        text += ", %d failed" % self.failures if self.failures else ""
-        if total is not None and rate:
-            text += ", %d:%02d left" % divmod((total - done) / rate, 60)
-        text += ", %.1f/s" % rate
-        for (_, model), stats in sorted(self.client.metrics.items()):
-            limits = [words % value for words, value in (
-                ("rate limit %.3g/s", stats.pace), ("window %d", stats.window),
-                ("429 x %d", stats.statuses[429])) if value]
-            text += "; %s: %s" % (model, ", ".join(limits)) if limits else ""
-        return text
-
-    def _end(self) -> int:
-        """Close the output, say what became of the run, and return its exit status."""
-        try:
-            if self.writing:
-                self.sink.close(self.total or self.rows)
-        except OSError as fault:
-            self.writing, self.reason = False, "the results cannot be written: %s" % fault
-        while not self.events.empty():  # the last records
-            handle, what = self.events.get()
-            if handle == self._log:
-                handle(what)
-        done = self.kept + self.answers + self.failures
-        left = bool(self.reason) and (not self.writing or done != self.total)
+    def _end(self, lost: bool) -> int:
+        """Say what became of the run, and return its exit status."""
+        tally = self.tally
+        done = tally.kept + tally.answers + tally.failures
+        left = bool(self.reason) and (lost or done != tally.total)
         if not self.options.quiet and self.signal != _SIGPIPE:
-            _say("", "\x1b[K" if self.bar else "")
-            _say("\n".join(self._summary(left)))
-        return 128 + self.signal if self.signal else 3 if left else int(self.failures > 0)
-
-    def _summary(self, left: bool) -> Iterator[str]:
-        form = "%-20s %8s %8s %7s %10s %10s %6s %6s"
-        yield form % ("model", "requests", "answers", "retries", "tokens in", "out", "p50 s",
-                      "p95 s")
-        for (_, model), stats in sorted(self.client.metrics.items()):
-            yield form % (model, stats.requests, stats.answers, stats.retries, stats.prompt_tokens,
-                          stats.completion_tokens, "%.2f" % stats.latency(0.5),
-                          "%.2f" % stats.latency(0.95))
-            yield "  statuses: " + ", ".join(
-                "%s x %d" % (status or "none", count) for status, count in sorted(
-                    stats.statuses.items(), key=lambda pair: pair[0] or 0))
-        for code, (count, sample) in sorted(self.errors.items()):
-            yield "%d x %s, first %s" % (count, code, sample)
-        yield "%d answered, %d failed, %d kept, %.1f s" % (
-            self.answers, self.failures, self.kept, time.monotonic() - self.began)
-        if left:
-            yield "stopped: %s" % self.reason
-        if (left or self.failures) and isinstance(self.sink, _Checkpoint):
-            yield "to go on: python3 " + " ".join(
-                map(shlex.quote, sys.argv[:1] + self.options.command))
+            if tally.bar:
+                _say("", passing=True)
+            _say("\n".join(tally.summary(self.client)))
+            if left:
+                _say("stopped: %s" % self.reason)
+            if (left or tally.failures) and isinstance(self.sink, _Checkpoint):
+                _say("to go on: python3 " + " ".join(map(shlex.quote, sys.argv)))
+        return 128 + self.signal if self.signal else 3 if left else int(tally.failures > 0)
 
 
 def _demo(stack: contextlib.ExitStack) -> int:
     """A run against a rate-limited server in this process."""
     import socketserver
-    rate, prompts, lock, bucket = 8.0, 40, threading.Lock(), [8.0, time.monotonic(), 0]
+    rate, prompts, lock, full = 8, 40, threading.Lock(), [0.0]  # when the bucket is full again
 
     class Handler(socketserver.StreamRequestHandler):
         def handle(self) -> None:
             while self.rfile.readline():
                 size = int(http.client.parse_headers(self.rfile)["content-length"])
-                asked = json.loads(self.rfile.read(size).decode())
+                asked = json.loads(self.rfile.read(size).decode())["messages"][0]["content"]
+                status, value = 429, {"error": {"message": "slow down"}}  # type: int, Any
                 with lock:
-                    level, at, refused = bucket
-                    now = time.monotonic()
-                    level = min(rate, level + (now - at) * rate)
-                    bucket[:] = level - (level >= 1), now, refused + (level < 1)
-                value: Any = {"error": {"message": "slow down", "code": "rate_limit_exceeded"}}
-                if level >= 1:
+                    soonest = max(full[0], time.monotonic()) + 1 / rate
+                    if soonest <= time.monotonic() + 1.0:
+                        status, full[0] = 200, soonest
+                if status == 200:
                     time.sleep(0.3)
-                    text = "You said: " + asked["messages"][0]["content"]
-                    value = {"model": "demo-model", "choices": [{"message": {"content": text}}],
+                    value = {"choices": [{"message": {"content": "You said: " + asked}}],
                              "usage": {"prompt_tokens": 6, "completion_tokens": 8}}
                 body = json.dumps(value).encode()
                 self.wfile.write(b"HTTP/1.1 %d -\r\nContent-Length: %d\r\n\r\n%s" % (
-                    200 if level >= 1 else 429, len(body), body))
+                    status, len(body), body))
 
     server = socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler)
     stack.callback(server.server_close)
@@ -2075,13 +2059,14 @@ def _demo(stack: contextlib.ExitStack) -> int:
     threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
     print("%d prompts, 20 at once, to a server that allows %d requests a second" % (prompts, rate),
           flush=True)
-    options = _options(["-m", "demo-model", "-c", "20", "--base-url", "http://127.0.0.1:%d/v1"
-                        % server.server_address[1]] + ["Hello %d." % n for n in range(prompts)])
-    options.key, job = "demo-key", _Job(options, stack)
-    with contextlib.redirect_stdout(io.StringIO()):
-        status = job.run()
-    print("answered: %d, refused on the way: %d, lost: %d" % (
-        job.answers, bucket[2], prompts - job.answers))
+    options = _options(["--demo", "-m", "demo-model", "-c", "20", "-o", os.devnull, "--base-url",
+                        "http://127.0.0.1:%d/v1" % server.server_address[1]]
+                       + ["Hello %d." % n for n in range(prompts)])
+    job = _Job(options, stack)
+    status = job.run()
+    for stats in job.client.metrics.values():
+        print("answered: %d, refused on the way: %d, lost: %d" % (
+            stats.answers, stats.statuses[429], prompts - stats.answers))
     return status
 
 
