@@ -1665,7 +1665,8 @@ class Prompts(CommandLine):
     def test_come_one_a_line_from_stdin(self):
         """With - or a pipe, each line of stdin is a prompt; a BOM and blank lines are none."""
         for stdin, expected in (
-                (b"", []), (b"a", ["a"]), (b"a\r\n\n  \nb\n", ["a", "b"]), (BOM + b"a\n", ["a"]),
+                (b"", []), (b"a", ["a"]), (b"a\r\n\n  \nb\n", ["a", "b"]),
+                (BOM + b"a\n" + BOM + b"b\n", ["a", "b"]),
                 (b"{not json\n[draft] b\n12\n", ["{not json", "[draft] b", "12"]),
                 ("a\u2028b\x85c\x0bd\n".encode(), ["a\u2028b\x85c\x0bd"]),
                 ("«oui»\n«non»\n".encode(), ["«oui»", "«non»"]),
@@ -1718,6 +1719,7 @@ class InputRows(CommandLine):
                 (dict(batch, url="https://host/v1/chat/completions"), "a", body),
                 ({"prompt": "x"}, "line-1", said), ({"prompt": chat}, "line-1", said),
                 ({"prompt": "x", "n": 2}, "line-1", dict(said, n=2)),
+                ({"prompt": "x", "self": 2}, "line-1", dict(said, self=2)),
                 ({"custom_id": "é\ud800", "messages": chat}, "é\ud800", said),
                 ("x", "line-1", said),
                 (b"x\n", "line-1", said), (b"x", "line-1", said), (b"  x\r\n", "line-1", said),
@@ -2128,6 +2130,9 @@ class AStop(CommandLine):
                 self.cli("-c", "1", "-i", "in", "-o", "out", expect=3)
                 self.assertTrue(2 <= len(server.requests) <= 10, len(server.requests))
                 self.assertIn("to go on", self.err)
+        kinds = itertools.cycle((status(404, unknown), status(402, refuse)))
+        with self.serve(forever=lambda request: time.sleep(0.05) or next(kinds)):
+            self.cli("-c", "1", "-i", "in", "-o", "out", expect=3)  # two models' rows, say
         script = [status(400, refuse)] * 10 + ([status(404, unknown)] * 3 + [reply("x")]) * 2
         with self.serve(*script):  # the rows of above are asked again
             self.cli("-c", "1", "-i", "in", "-o", "out", expect=1)
