@@ -41,7 +41,6 @@ import os
 import queue
 import random
 import re
-import select
 import shlex
 import signal
 import socket
@@ -935,11 +934,12 @@ class _Wire:
         self.thread: Any = None
         self.call: Optional[_Call] = None  # in flight on it
         self.sock: Any = None
+        self.reader: Any = None            # of what the socket brings
         self.expires = math.inf            # when the present attempt is to end
+        self.room = 0                      # how many bytes its answer may still have
         self.connected = False             # TCP and TLS stand
         self.heard = False                 # a byte of the present answer has come
         self.cut = False                   # hung up on
-        self.surplus = False               # more has come than the answer
 
     def begin(self, call: _Call) -> _Call:
         self.call, self.cut = call, False
@@ -952,10 +952,7 @@ class _Wire:
         an answer, the request goes out once more on a fresh one, as the same attempt. That the
         server read it and died cannot be excluded; browsers take the same risk.
         """
-        self.expires = expires
-        if self.sock is not None and (getattr(self.sock, "pending", int)() or _readable(self.sock)):
-            self.close()  # closed by the server, or out of step: nothing is due on an idle line
-        kept = self.sock is not None
+        kept, self.expires = self._is_quiet(), expires
         try:
             return self._exchange(payload)
         except OSError as fault:
@@ -976,25 +973,35 @@ class _Wire:
             self.sock.close()
         self.sock = None
 
-    def left(self) -> float:
-        """Seconds left for the attempt. Raises socket.timeout when there are none."""
+    def arm(self) -> None:
+        """Let the socket's next operation end with the attempt."""
         left = self.expires - _now()
         if left <= 0:
             raise socket.timeout("timed out")
-        return left
+        if left < math.inf and abs((self.sock.gettimeout() or -1.0) - left) > 0.01:
+            self.sock.settimeout(left)  # not each time: it is a system call
 
-    def arm(self) -> None:
-        """Let the socket's next operation end with the attempt."""
-        left = self.left()
-        if abs((self.sock.gettimeout() or 0.0) - left) > 0.01:  # setting it costs a system call
-            self.sock.settimeout(left)
+    def _is_quiet(self) -> bool:
+        """Whether a kept connection is still there and in step; else it is closed."""
+        if self.sock is None:
+            return False
+        self.expires = math.inf
+        try:
+            self.sock.settimeout(0.0)
+            self.reader.peek(1)  # a byte after the last answer, or the end: nothing is due
+        except _NOTHING:
+            return True
+        except (OSError, ValueError):
+            pass
+        self.close()
+        return False
 
     def _exchange(self, payload: bytes) -> _Answer:
-        keep = early = False
+        keep = early = self.heard = False
+        self.room = 2 * _MAX_ANSWER
         try:
             if self.sock is None:
                 self._connect()
-            self.heard = False
             self.arm()
             try:
                 self.sock.sendall(b"%s%d\r\n\r\n%s" % (self.endpoint.head, len(payload), payload))
@@ -1002,11 +1009,12 @@ class _Wire:
                 if not _hung_up(fault):
                     raise
                 early = True  # a refusal, 413 say, may lie there; if not, reading fails as well
-            response = self._response("POST")
-            body = self._read(response)
+            response = http.client.HTTPResponse(self.reader, method="POST")
+            response.begin()
+            body = _read(response)
             # After a 1xx other than 100 the real answer is still to come.
             keep = response.isclosed() and not (
-                early or self.surplus or response.will_close or response.status < 200)
+                early or response.will_close or response.status < 200)
             return _Answer(response.status, response.headers, body)
         finally:
             if not keep:
@@ -1015,11 +1023,14 @@ class _Wire:
     def _connect(self) -> None:
         endpoint, self.connected = self.endpoint, False
         self._dial(*(endpoint.proxy or endpoint.address))
+        self.reader = _Reader(_Timed(self))
         if endpoint.proxy and endpoint.context:
             self.sock.sendall(endpoint.connect)
-            response = self._response("CONNECT")
+            response = http.client.HTTPResponse(self.reader, method="CONNECT")
+            response.begin()
             if response.status != 200:
                 raise _Refused(response.status, response.reason)
+            self.reader = _Reader(_Timed(self))  # what came in clear is no part of an answer
         if endpoint.context:
             self.arm()
             self.sock = endpoint.context.wrap_socket(  # in two steps, so that hang_up() finds it
@@ -1031,7 +1042,7 @@ class _Wire:
 
     def _dial(self, host: str, port: int) -> None:
         """socket.create_connection with one bound for all the addresses of a name together."""
-        end = _now() + min(self.left(), _CONNECT)
+        end = min(self.expires, _now() + _CONNECT)
         places: List[Any] = [at[4] for at in socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM)]
         while self.sock is None:
             share = max(0.001, (end - _now()) / len(places))
@@ -1046,80 +1057,64 @@ class _Wire:
             self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 30)
         self.arm()
 
-    def _response(self, method: str) -> http.client.HTTPResponse:
-        """The head of an answer, of which every part, as of its body, is due by `expires`."""
-        response = http.client.HTTPResponse(self.sock, method=method)
-        response.fp = _Reader(_Timed(self, response.fp.detach()))
-        response.begin()
-        return response
-
-    def _read(self, response: http.client.HTTPResponse) -> bytes:
-        """The body, to at most a byte more than is allowed."""
-        good = 200 <= response.status < 300
-        most, body = _MAX_ANSWER if good else _MAX_ERROR, bytearray()
-        try:
-            while len(body) <= most:
-                piece = response.read(min(most + 1 - len(body), 1 << 16))
-                body += piece
-                if not piece:
-                    if response.length:  # read(n) does not tell: python/cpython#115997
-                        raise http.client.IncompleteRead(b"", response.length)
-                    break
-        except _FAULTS:
-            if good:  # else the status says enough
-                raise
-            response.will_close = True
-        return bytes(body)
-
 
 class _Timed(io.RawIOBase):
-    """A socket's bytes until its wire's time is up: its own timeout begins anew with each byte."""
+    """A wire's bytes until its time is up: a socket's own timeout begins anew with each byte."""
 
-    def __init__(self, wire: _Wire, raw: Any) -> None:
-        self.wire, self.raw, self.room = wire, raw, 2 * _MAX_ANSWER
+    def __init__(self, wire: _Wire) -> None:
+        self.wire = wire
 
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer: Any) -> Any:
-        if self.room <= 0:  # http.client would read a chunk of -1 bytes for ever
+    def readinto(self, buffer: Any) -> int:
+        if self.wire.room <= 0:  # http.client would read a chunk of -1 bytes for ever
             raise ValueError("the answer is too long")
         self.wire.arm()
-        count = self.raw.readinto(buffer)
-        self.room -= count
+        count: int = self.wire.sock.recv_into(buffer)
+        self.wire.room -= count
         self.wire.heard = self.wire.heard or count > 0
         return count
 
-    def close(self) -> None:
-        self.raw.close()
-        super().close()
-
 
 class _Reader(io.BufferedReader):
-    """An answer's bytes. What is left of them at its end would be taken for the next answer."""
+    """Lasts as long as its connection, so that what an answer left unread shows. An HTTPResponse
+    takes it for a socket, and would close it."""
+
+    def makefile(self, _: str) -> "_Reader":
+        return self
 
     def close(self) -> None:
-        if not self.closed:
-            self.raw.readinto = lambda buffer: 0  # type: ignore  # peek() is not to wait for more
-            self.raw.wire.surplus = bool(self.peek(1))  # type: ignore
-        super().close()
+        pass
 
 
-_HANG_UPS: Tuple[Type[BaseException], ...] = (ConnectionError,) + (
-    (ssl.SSLEOFError, ssl.SSLZeroReturnError) if ssl else ())
+def _read(response: http.client.HTTPResponse) -> bytes:
+    """The body; of one too long, more than is allowed."""
+    good, body = 200 <= response.status < 300, bytearray()
+    try:
+        for piece in iter(lambda: response.read(1 << 16), b""):  # never as much as is announced
+            body += piece
+            if len(body) > (_MAX_ANSWER if good else _MAX_ERROR):
+                return bytes(body)
+        if response.length:  # read(n) does not tell: python/cpython#115997
+            raise http.client.IncompleteRead(b"", response.length)
+    except _FAULTS:
+        if good:  # else the status says enough
+            raise
+        response.will_close = True
+    return bytes(body)
+
+
+_NOTHING: Tuple[Type[BaseException], ...] = (BlockingIOError,)
+_HANG_UPS: Tuple[Type[BaseException], ...] = (ConnectionError,)
+if ssl:
+    _NOTHING += (ssl.SSLWantReadError,)
+    _HANG_UPS += (ssl.SSLEOFError, ssl.SSLZeroReturnError)
 _FAULTS = (OSError, http.client.HTTPException, ValueError)
 
 
 def _hung_up(fault: BaseException) -> bool:  # 3.6 and 3.7 have no class for OpenSSL 3's words
     return isinstance(fault, _HANG_UPS) or "unexpected eof" in str(fault)
-
-
-def _readable(sock: socket.socket) -> bool:
-    if not hasattr(select, "poll"):
-        return bool(select.select([sock], [], [], 0)[0])
-    poll = select.poll()  # which, unlike select, knows no limit of 1024 descriptors
-    poll.register(sock, select.POLLIN)
-    return bool(poll.poll(0))
 
 
 def _tls_context(ca_file: Optional[str]) -> Any:

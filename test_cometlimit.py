@@ -3531,10 +3531,11 @@ class WhatFuzzingFound(CommandLine):
                 limit = unittest.mock.patch.object(cometlimit, "_MAX_ANSWER", 1000)
                 wire = cometlimit._Wire(types.SimpleNamespace(head=b""))
                 wire.sock, wire.expires = ours, cometlimit._now() + 1
+                wire.reader = cometlimit._Reader(cometlimit._Timed(wire))
                 other.sendall(data)
                 with limit:
                     self.assertEqual(wire._exchange(b"").status, code)
-                self.assertIsNone(wire.sock)
+                self.assertFalse(wire._is_quiet())
 
     def test_by_words_of_a_server(self):
         """Numbers and dates that only look like some; a byte order mark before an error."""
