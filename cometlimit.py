@@ -31,6 +31,7 @@ import collections
 import concurrent.futures
 import contextlib
 import email.utils
+import errno
 import heapq
 import http.client
 import io
@@ -907,27 +908,29 @@ class _Endpoint:
     """Where requests go: the checked URL, what they begin with, the proxy and the TLS context."""
 
     def __init__(self, key: str, given: Optional[str], ca_file: Optional[str]) -> None:
-        base_url = _base_url(given, key)
+        self.key = _spellings(key)  # to be taken out of what others say
+        base_url = _base_url(given, self.key)
         parts = urllib.parse.urlsplit(base_url)
         secure = parts.scheme == "https"
-        self.key, self.url = key, base_url + "/chat/completions"
+        self.url = base_url + "/chat/completions"
         self.route = parts.path + "/chat/completions"
         self.address = (parts.hostname or "", parts.port or (443 if secure else 80))
         self.context = _tls_context(ca_file) if secure else None
         self.proxy, login = _proxy(parts.scheme, parts.netloc)
         # A proxy is asked for http by the whole URL, for https by a CONNECT before.
-        self.head = "".join((
-            "POST %s HTTP/1.1\r\n" % (self.url if self.proxy and not secure else self.route),
-            "Host: %s\r\n" % parts.netloc, "" if secure else login,
-            "Authorization: Bearer %s\r\n" % key, "User-Agent: cometlimit/%s\r\n" % __version__,
-            "Accept: application/json\r\nAccept-Encoding: identity\r\n",
-            "Content-Type: application/json\r\nContent-Length: ")).encode()
+        target = self.url if self.proxy and not secure else self.route
+        self.head = (
+            "POST %s HTTP/1.1\r\nHost: %s\r\n%sAuthorization: Bearer %s\r\n"
+            "User-Agent: cometlimit/%s\r\nAccept: application/json\r\nAccept-Encoding: identity\r\n"
+            "Content-Type: application/json\r\nContent-Length: "
+            % (target, parts.netloc, "" if secure else login, key, __version__)).encode()
         host = ("[%s]:%d" if ":" in self.address[0] else "%s:%d") % self.address
         self.connect = ("CONNECT %s HTTP/1.1\r\nHost: %s\r\n%s\r\n" % (host, host, login)).encode()
 
 
-class _Wire:
-    """One thread's connection, kept alive from request to request."""
+class _Wire(io.RawIOBase):
+    """One thread's connection, kept alive from request to request: a stream of answers, whose reads
+    end with the attempt, while a socket's own timeout would begin anew with each byte."""
 
     def __init__(self, endpoint: _Endpoint) -> None:
         self.endpoint = endpoint
@@ -936,9 +939,8 @@ class _Wire:
         self.sock: Any = None
         self.reader: Any = None            # of what the socket brings
         self.expires = math.inf            # when the present attempt is to end
-        self.room = 0                      # how many bytes its answer may still have
         self.connected = False             # TCP and TLS stand
-        self.heard = False                 # a byte of the present answer has come
+        self.heard = 0                     # bytes of the present answer
         self.cut = False                   # hung up on
 
     def begin(self, call: _Call) -> _Call:
@@ -948,9 +950,9 @@ class _Wire:
     def post(self, payload: bytes, expires: float) -> _Answer:
         """Send a request and read its answer, all by `expires`.
 
-        The server may have closed a kept connection meanwhile. Where that shows before any byte of
-        an answer, the request goes out once more on a fresh one, as the same attempt. That the
-        server read it and died cannot be excluded; browsers take the same risk.
+        Where a kept connection turns out dead before any byte of an answer, it is sent once more on
+        a fresh one, as the same attempt. That the server read it and died cannot be excluded;
+        browsers take the same risk.
         """
         kept, self.expires = self._is_quiet(), expires
         try:
@@ -981,6 +983,17 @@ class _Wire:
         if left < math.inf and abs((self.sock.gettimeout() or -1.0) - left) > 0.01:
             self.sock.settimeout(left)  # not each time: it is a system call
 
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        if self.heard > 2 * _MAX_ANSWER:  # http.client would read a chunk of -1 bytes for ever
+            raise ValueError("the answer is too long")
+        self.arm()
+        count: int = self.sock.recv_into(buffer)
+        self.heard += count
+        return count
+
     def _is_quiet(self) -> bool:
         """Whether a kept connection is still there and in step; else it is closed."""
         if self.sock is None:
@@ -988,17 +1001,15 @@ class _Wire:
         self.expires = math.inf
         try:
             self.sock.settimeout(0.0)
-            self.reader.peek(1)  # a byte after the last answer, or the end: nothing is due
-        except _NOTHING:
-            return True
-        except (OSError, ValueError):
-            pass
+            self.reader.peek(1)  # bytes that no answer has, or the end of the connection
+        except (OSError, ValueError) as fault:
+            if type(fault).__name__ in ("BlockingIOError", "SSLWantReadError"):
+                return True
         self.close()
         return False
 
     def _exchange(self, payload: bytes) -> _Answer:
-        keep = early = self.heard = False
-        self.room = 2 * _MAX_ANSWER
+        keep, early, self.heard = False, False, 0
         try:
             if self.sock is None:
                 self._connect()
@@ -1023,14 +1034,14 @@ class _Wire:
     def _connect(self) -> None:
         endpoint, self.connected = self.endpoint, False
         self._dial(*(endpoint.proxy or endpoint.address))
-        self.reader = _Reader(_Timed(self))
+        self.reader = _Reader(self)
         if endpoint.proxy and endpoint.context:
             self.sock.sendall(endpoint.connect)
             response = http.client.HTTPResponse(self.reader, method="CONNECT")
             response.begin()
             if response.status != 200:
                 raise _Refused(response.status, response.reason)
-            self.reader = _Reader(_Timed(self))  # what came in clear is no part of an answer
+            self.reader = _Reader(self)  # what came in clear is no part of an answer
         if endpoint.context:
             self.arm()
             self.sock = endpoint.context.wrap_socket(  # in two steps, so that hang_up() finds it
@@ -1056,25 +1067,6 @@ class _Wire:
         if hasattr(socket, "TCP_KEEPIDLE"):  # before a firewall forgets the connection
             self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 30)
         self.arm()
-
-
-class _Timed(io.RawIOBase):
-    """A wire's bytes until its time is up: a socket's own timeout begins anew with each byte."""
-
-    def __init__(self, wire: _Wire) -> None:
-        self.wire = wire
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        if self.wire.room <= 0:  # http.client would read a chunk of -1 bytes for ever
-            raise ValueError("the answer is too long")
-        self.wire.arm()
-        count: int = self.wire.sock.recv_into(buffer)
-        self.wire.room -= count
-        self.wire.heard = self.wire.heard or count > 0
-        return count
 
 
 class _Reader(io.BufferedReader):
@@ -1105,24 +1097,21 @@ def _read(response: http.client.HTTPResponse) -> bytes:
     return bytes(body)
 
 
-_NOTHING: Tuple[Type[BaseException], ...] = (BlockingIOError,)
-_HANG_UPS: Tuple[Type[BaseException], ...] = (ConnectionError,)
-if ssl:
-    _NOTHING += (ssl.SSLWantReadError,)
-    _HANG_UPS += (ssl.SSLEOFError, ssl.SSLZeroReturnError)
 _FAULTS = (OSError, http.client.HTTPException, ValueError)
 
 
-def _hung_up(fault: BaseException) -> bool:  # 3.6 and 3.7 have no class for OpenSSL 3's words
-    return isinstance(fault, _HANG_UPS) or "unexpected eof" in str(fault)
+def _hung_up(fault: BaseException) -> bool:
+    return (isinstance(fault, ConnectionError)
+            or type(fault).__name__ in ("SSLEOFError", "SSLZeroReturnError")
+            or "unexpected eof" in str(fault))  # for which 3.6 and 3.7 have no class
 
 
 def _tls_context(ca_file: Optional[str]) -> Any:
     if ssl is None:
         raise ConfigurationError("https needs an interpreter with the ssl module")
-    name, extra = next(((name, value) for name, value in (
-        ("ca_file", ca_file), ("REQUESTS_CA_BUNDLE", os.environ.get("REQUESTS_CA_BUNDLE")),
-        ("CURL_CA_BUNDLE", os.environ.get("CURL_CA_BUNDLE"))) if value), ("the system", None))
+    name = "ca_file" if ca_file else next(
+        filter(os.environ.get, ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")), "the system")
+    extra = ca_file or os.environ.get(name)
     try:
         context = ssl.create_default_context()
         context.set_alpn_protocols(["http/1.1"])
@@ -1159,20 +1148,18 @@ def _proxy(scheme: str, netloc: str) -> Tuple[Optional[Tuple[str, int]], str]:
         return None, ""  # http is for this machine alone: no other one shall see the key
     if not parts.username:
         return (host, port), ""
-    login = urllib.parse.unquote_to_bytes(os.fsencode(
-        "%s:%s" % (parts.username, parts.password or "")))
-    return (host, port), "Proxy-Authorization: Basic %s\r\n" % (
-        binascii.b2a_base64(login, newline=False).decode())
+    login = "%s:%s" % (parts.username, parts.password or "")
+    return (host, port), "Proxy-Authorization: Basic %s\r\n" % binascii.b2a_base64(
+        urllib.parse.unquote_to_bytes(os.fsencode(login)), newline=False).decode()
 
 
-def _is_loopback(host: str) -> bool:
-    return re.match(r"(localhost|127(\.\d{1,3}){3}|::1)$", host) is not None
+_is_loopback = re.compile(r"(localhost|127(\.\d{1,3}){3}|::1)$").match
 
 
-def _translate(fault: BaseException, connected: bool, key: str) -> Error:
+def _translate(fault: BaseException, connected: bool, secret: "re.Pattern[str]") -> Error:
     """The Error for an attempt without an answer: here alone foreign exceptions become ours."""
     kind = type(fault).__name__
-    text = _redact("%s: %s" % (kind, fault), key)[:300]
+    text = secret.sub("***", "%s: %s" % (kind, fault))[:300]
     if isinstance(fault, socket.timeout):
         return APITimeoutError("no answer in time" if connected else "no connection in time",
                                retryable=True, overload=504)
@@ -1185,15 +1172,17 @@ def _translate(fault: BaseException, connected: bool, key: str) -> Error:
         passing = fault.args[0] in RETRYABLE
         return APIConnectionError("the proxy refuses: %d %s" % fault.args, retryable=passing,
                                   overload=503 if passing else None)
-    tls = ssl and isinstance(fault, ssl.SSLError) and not _hung_up(fault)
-    if tls and not connected:
+    if ssl and isinstance(fault, ssl.SSLError) and not connected and not _hung_up(fault):
         return APIConnectionError("TLS cannot be set up. " + text)
+    if isinstance(fault, OSError) and fault.errno in (errno.EMFILE, errno.ENFILE):
+        return APIConnectionError("no more files or connections may be open at once: lower "
+                                  "max_concurrency, or raise the limit (ulimit -n). " + text)
     if isinstance(fault, _FAULTS):
         return APIConnectionError("no whole answer. " + text, retryable=True, overload=503)
     return Error("unexpected " + text, code="unexpected")
 
 
-def _understand(answer: _Answer, key: str) -> Union[Completion, Error]:
+def _understand(answer: _Answer, secret: "re.Pattern[str]") -> Union[Completion, Error]:
     """The Completion that an answer holds, or the Error that it stands for."""
     try:
         data = _parse(answer.body.decode().lstrip("\ufeff"))
@@ -1202,51 +1191,49 @@ def _understand(answer: _Answer, key: str) -> Union[Completion, Error]:
         if not 200 <= answer.status < 300 or data.get("error"):
             raise ValueError("a failure")
     except (ValueError, LookupError, TypeError, AttributeError):
-        return _failure(answer, key)
+        return _failure(answer, secret)
     if isinstance(text, list):  # of parts, as some gateways have it
         text = "".join(str(part.get("text") or "") for part in text if isinstance(part, dict))
     usage = data.get("usage")
     return Completion(text if isinstance(text, str) else "", str(data.get("model") or ""),
                       choice.get("finish_reason"), usage if isinstance(usage, dict) else {},
-                      _request_id(answer, key), 1, 0.0, data)
+                      _request_id(answer, secret), 1, 0.0, data)
 
 
-def _failure(answer: _Answer, key: str) -> Error:
+def _failure(answer: _Answer, secret: "re.Pattern[str]") -> Error:
     """The Error for an answer that is no completion: the server's words, and the verdict."""
     text = answer.body[:_MAX_ERROR].decode("utf-8", "replace").lstrip("\ufeff")
-    body = _loosely(text)  # first, for JSON has many ways to write the key
-    body = _redact(text, key) if body is text else _loosely(_redact(json.dumps(body), key))
+    body = _loosely(secret.sub("***", text))
     error = body.get("error") if isinstance(body, dict) else None
     said = error if isinstance(error, dict) else {"message": error} if error else {}
     words = {name: str(said[name])[:2000] for name in ("code", "type", "param", "message")
              if said.get(name) not in (None, "")}
-    kind: Type[Error] = APIStatusError if answer.status >= 300 else APIResponseError
     status, retryable = _verdict(answer, words, not isinstance(body, (dict, list)) or bool(error))
-    return (RateLimitError if answer.status == 429 else kind)(
-        "HTTP %d%s: %s" % (
-            answer.status, "".join(" " + words[name] for name in ("code",) if name in words),
-            "a redirect, which is not followed: check the base URL" if 300 <= answer.status < 400
-            else words.get("message") or " ".join(str(body)[:200].split()) or "an empty body"),
+    what = words.get("message") or " ".join(str(body)[:200].split()) or "an empty body"
+    kind: Type[Error] = RateLimitError if answer.status == 429 else APIStatusError
+    if answer.status < 300:
+        kind = APIResponseError
+    elif answer.status < 400:
+        what = "a redirect, which is not followed: check the base URL"
+    return kind(
+        "HTTP %s: %s" % (("%d %s" % (answer.status, words.get("code", ""))).rstrip(), what),
         status_code=answer.status, body=body, retryable=retryable,
         overload=status if retryable else None, retry_after=_retry_after(answer.headers),
-        request_id=_request_id(answer, key, words.get("message", "")), **words)
+        request_id=_request_id(answer, secret, words.get("message", "")), **words)
 
 
 def _verdict(answer: _Answer, words: Dict[str, str], may: bool) -> Tuple[Optional[int], bool]:
-    """The status that a failure stands for, and whether the request may pass when tried again.
-
-    `may` is for a 2xx answer that names no status of its own.
-    """
+    """The status that a failure stands for, and whether the request may pass when tried again:
+    `may` decides for a 2xx answer that names no status of its own."""
     code, hint = words.get("code", ""), answer.headers.get("x-should-retry")
-    status: Optional[int] = answer.status
-    if answer.status < 300:
-        status = int(code) if re.match(r"[1-5]\d\d$", code) else None
-    if code == "bad_response_status_code" and re.match(
-            "[1-5][0-9][0-9]$", words.get("param", "")):
-        status = int(words["param"])  # the upstream's own, which the gateway hid
+    status, inner = (None, code) if answer.status < 300 else (answer.status, "")
+    if code == "bad_response_status_code":
+        inner = words.get("param", "")  # the upstream's own, which the gateway hid
+    if re.match("[1-5][0-9][0-9]$", inner):
+        status = int(inner)
     if hint in ("true", "false"):
         return status, hint == "true"
-    named = {words[name].lower() for name in ("code", "type") if name in words}
+    named = {words.get(name, "").lower() for name in ("code", "type")}
     if PERMANENT & named or any(name.startswith("billing_") for name in named):
         return status, False
     if status is None:
@@ -1274,35 +1261,30 @@ def _loosely(text: str) -> Any:
         return text
 
 
-def _no_constant(name: str) -> Any:
-    raise ValueError("%s is no JSON" % name)
+def _number(digits: str) -> Any:
+    value = float(digits)  # at once, where int() of a million digits takes minutes
+    if not abs(value) < math.inf:  # which dumps() would write, and no one read
+        raise ValueError("%.20s is no number of JSON, or beyond all bounds" % digits)
+    return int(digits) if digits.lstrip("-").isdigit() else value
 
 
-def _number(kind: Callable[[str], Any]) -> Callable[[str], Any]:
-    def number(digits: str) -> Any:
-        value = kind(digits) if len(digits) <= 400 else math.inf  # int() of a million: minutes
-        if abs(value) == math.inf:  # which dumps() would write, and no one read
-            raise ValueError("a number beyond all bounds")
-        return value
-    return number
+_decode = json.JSONDecoder(parse_constant=_number, parse_float=_number, parse_int=_number).decode
 
 
-_decode = json.JSONDecoder(parse_constant=_no_constant, parse_float=_number(float),
-                           parse_int=_number(int)).decode
+def _spellings(key: str) -> "re.Pattern[str]":
+    """Finds a key, however JSON may write it."""
+    if len(key) < _MIN_SECRET:
+        return re.compile("(?!)")
+    return re.compile("".join("(?:%s%s|%s(?i:%02x))" % (
+        "" if sign.isalnum() else r"\\?", re.escape(sign), r"\\u00", ord(sign)) for sign in key))
 
 
-def _redact(text: str, key: str) -> str:
-    for form in (key, json.dumps(key)[1:-1]):
-        text = text.replace(form, "***") if len(key) >= _MIN_SECRET else text
-    return text
-
-
-def _request_id(answer: _Answer, key: str, message: str = "") -> Optional[str]:
+def _request_id(answer: _Answer, secret: "re.Pattern[str]", message: str = "") -> Optional[str]:
     """The id to quote to the provider. Chained gateways each append theirs: the last is ours."""
     names = ("x-request-id", "x-cometapi-request-id", "x-oneapi-request-id", "request-id")
-    ids = [answer.headers[name] for name in names if answer.headers.get(name)][:1]
-    ids = ids or re.findall(r"\(request id: ([^)\s]{1,200})\)", message)[-1:]
-    return _redact(ids[0], key) if ids else None
+    found = next(filter(None, map(answer.headers.get, names)), None) or "".join(
+        re.findall(r"\(request id: ([^)\s]{1,200})\)", message)[-1:])
+    return secret.sub("***", found) or None
 
 
 def _retry_after(headers: http.client.HTTPMessage) -> Optional[float]:
@@ -1334,7 +1316,8 @@ def _timestamp(date: str) -> float:
 
 def _key(given: Optional[str]) -> str:
     key = os.environ.get("COMETAPI_KEY", "") if given is None else given
-    key = key.strip(" \t\r\n\ufeff") if isinstance(key, str) else ""
+    blank = " \t\r\n\ufeff\udcef\udcbb\udcbf"  # the last: what 3.6 may read for the bytes of \ufeff
+    key = key.strip(blank) if isinstance(key, str) else ""
     if not key:
         raise ConfigurationError("there is no API key: set COMETAPI_KEY, or pass api_key=")
     if not re.match(r"[!-~]+\Z", key):  # http.client would send some of these, or show the key
@@ -1343,7 +1326,7 @@ def _key(given: Optional[str]) -> str:
     return key
 
 
-def _base_url(given: Optional[str], key: str) -> str:
+def _base_url(given: Optional[str], secret: "re.Pattern[str]") -> str:
     if given is None:
         given = os.environ.get("COMETAPI_BASE_URL", "").strip() or BASE_URL
     given = str(given).strip()
@@ -1361,10 +1344,10 @@ def _base_url(given: Optional[str], key: str) -> str:
             (parts.scheme == "http" and not _is_loopback(host),
              "http:// would show the key on its way (https:// would not)")) if bad), "")
     except ValueError as fault:
-        problem = _redact(str(fault), key)
+        problem = str(fault)
     if problem:
-        raise ConfigurationError("the base URL %r cannot be used: %s"
-                                 % (_redact(re.sub("//.*@", "//***@", given), key), problem))
+        raise ConfigurationError(secret.sub("***", "the base URL %r cannot be used: %s" % (
+            re.sub("//.*@", "//***@", given), problem)))
     return url
 
 

@@ -3531,7 +3531,7 @@ class WhatFuzzingFound(CommandLine):
                 limit = unittest.mock.patch.object(cometlimit, "_MAX_ANSWER", 1000)
                 wire = cometlimit._Wire(types.SimpleNamespace(head=b""))
                 wire.sock, wire.expires = ours, cometlimit._now() + 1
-                wire.reader = cometlimit._Reader(cometlimit._Timed(wire))
+                wire.reader = cometlimit._Reader(wire)
                 other.sendall(data)
                 with limit:
                     self.assertEqual(wire._exchange(b"").status, code)
