@@ -965,10 +965,9 @@ class _Wire(io.RawIOBase):
     def hang_up(self) -> None:
         """End the attempt, from another thread."""
         self.cut = True
-        try:  # SSLSocket's own shutdown would take the TLS state from under the thread that reads
+        with contextlib.suppress(OSError, TypeError):  # there is no connection yet, or no more
+            # SSLSocket's own would take the TLS state from under the thread that reads.
             socket.socket.shutdown(self.sock, socket.SHUT_RDWR)
-        except (OSError, TypeError):
-            pass  # there is no connection yet, or no more
 
     def close(self) -> None:
         if self.sock is not None:
@@ -1090,14 +1089,11 @@ def _read(response: http.client.HTTPResponse) -> bytes:
                 return bytes(body)
         if response.length:  # read(n) does not tell: python/cpython#115997
             raise http.client.IncompleteRead(b"", response.length)
-    except _FAULTS:
+    except (OSError, http.client.HTTPException, ValueError):
         if good:  # else the status says enough
             raise
         response.will_close = True
     return bytes(body)
-
-
-_FAULTS = (OSError, http.client.HTTPException, ValueError)
 
 
 def _hung_up(fault: BaseException) -> bool:
@@ -1177,7 +1173,7 @@ def _translate(fault: BaseException, connected: bool, secret: "re.Pattern[str]")
     if isinstance(fault, OSError) and fault.errno in (errno.EMFILE, errno.ENFILE):
         return APIConnectionError("no more files or connections may be open at once: lower "
                                   "max_concurrency, or raise the limit (ulimit -n). " + text)
-    if isinstance(fault, _FAULTS):
+    if isinstance(fault, (OSError, http.client.HTTPException, ValueError)):
         return APIConnectionError("no whole answer. " + text, retryable=True, overload=503)
     return Error("unexpected " + text, code="unexpected")
 
@@ -1255,10 +1251,9 @@ def _parse(text: str, depth: int = _MAX_DEPTH) -> Any:
 
 def _loosely(text: str) -> Any:
     """The value of a JSON text; any other text as it stands."""
-    try:
+    with contextlib.suppress(ValueError):
         return _parse(text)
-    except ValueError:
-        return text
+    return text
 
 
 def _number(digits: str) -> Any:
@@ -1274,9 +1269,9 @@ _decode = json.JSONDecoder(parse_constant=_number, parse_float=_number, parse_in
 def _spellings(key: str) -> "re.Pattern[str]":
     """Finds a key, however JSON may write it."""
     if len(key) < _MIN_SECRET:
-        return re.compile("(?!)")
-    return re.compile("".join("(?:%s%s|%s(?i:%02x))" % (
-        "" if sign.isalnum() else r"\\?", re.escape(sign), r"\\u00", ord(sign)) for sign in key))
+        return re.compile("(?!)")  # which is nowhere
+    return re.compile("".join(r"(?:%s%s|\\u00(?i:%02x))" % (
+        "" if sign.isalnum() else r"\\?", re.escape(sign), ord(sign)) for sign in key))
 
 
 def _request_id(answer: _Answer, secret: "re.Pattern[str]", message: str = "") -> Optional[str]:
@@ -1288,10 +1283,10 @@ def _request_id(answer: _Answer, secret: "re.Pattern[str]", message: str = "") -
 
 
 def _retry_after(headers: http.client.HTTPMessage) -> Optional[float]:
-    """The seconds that a server asks to wait; None where it does not, or asks for nonsense.
+    """The seconds that a server asks to wait, the longest of several; None for none, or nonsense.
 
     retry-after-ms, else Retry-After as of RFC 9110, 10.2.3: seconds, or one of three forms of date,
-    counted from the answer's own Date since clocks differ. The longest of several.
+    counted from the answer's own Date since clocks differ.
     """
     for name, unit in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
         waits = [0.0]

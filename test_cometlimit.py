@@ -7,6 +7,7 @@ import collections
 import concurrent.futures
 import contextlib
 import copy
+import errno
 import gc
 import heapq
 import inspect
@@ -1280,6 +1281,13 @@ class BadInput(Case):
                 self.assertRegex(repr(cometlimit.Client(api_key=KEY, base_url=url)),
                                  "[^/]/chat/completions model=None>$")
 
+    def test_may_surround_the_key(self):
+        """White space and a byte order mark, even as 3.6 reads its bytes in the C locale."""
+        for before, after in ((" \ufeff", "\r\n"), ("\udcef\udcbb\udcbf", " \n")):
+            with self.subTest(before=before), Server(reply("yes")) as server:
+                self.client(server, api_key=before + KEY + after).ask("Hi")
+            self.assertEqual(server.requests[0].headers["authorization"], "Bearer " + KEY)
+
     def test_does_not_show_a_key_in_the_address(self):
         """Wherever in the base URL the key was pasted, it is not shown."""
         for url in ("https://h/v1?key=" + KEY, "https://h/v1#" + KEY, KEY, "https://u:%s@h" % KEY,
@@ -1349,6 +1357,16 @@ class TheKey(Case):
                                      repr(client), repr(records), repr(client.metrics),
                                      repr(pickle.dumps(error)), repr(logs.output)]
                 self.assertEqual([text for text in shown if KEY in text], [])
+
+    def test_is_not_shown_as_json_writes_it(self):
+        """In a body that is JSON, and in one that is none; what stands before it stays."""
+        for form in (KEY, json.dumps(KEY)[1:-1], KEY.replace("/", "\\/"),
+                     "".join("\\u%04X" % ord(sign) for sign in KEY)):
+            for text in ("<p>%s</p>", "[1, %s", '{"a": "b\\\\%s"}'):
+                with self.subTest(form=form, text=text):
+                    body = self.outcome(status(401, text % form)).body
+                    shown = json.dumps(body) if isinstance(body, dict) else body
+                    self.assertEqual(shown, text % "***")
 
     def test_does_not_follow_a_redirect(self):
         """No other host, and no other path, ever sees it."""
@@ -3380,6 +3398,17 @@ class LockedDownPlaces(Hostile):
                 try: pwd.getpwuid(54321), sys.exit('known')
                 except KeyError: pass
 """ + ASK, env={}), (0, ""))
+
+    def test_may_have_no_descriptor_left(self):
+        """That is told with its remedies, and not taken for a fault of the server's."""
+        for number in (errno.EMFILE, errno.ENFILE):
+            full = unittest.mock.patch.object(socket, "create_connection",
+                                              side_effect=OSError(number, "Too many open files"))
+            with self.subTest(number=number), full:
+                error = self.outcome_at(self.client(NOWFOLDER))
+                self.assertEqual((type(error), error.attempts, error.overload),
+                                 (cometlimit.APIConnectionError, 1, None))
+                self.assertRegex(str(error), "max_concurrency.*ulimit -n.*Too many open files")
 
     def test_may_have_no_tls(self):
         """Without the ssl module https is a ConfigurationError, and http to this machine works."""
