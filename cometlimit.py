@@ -1053,6 +1053,7 @@ class _Wire(io.RawIOBase):
     def _dial(self, host: str, port: int) -> None:
         """socket.create_connection with one bound for all the addresses of a name together."""
         end = min(self.expires, _now() + _CONNECT)
+        socket.socket().close()  # without a descriptor left, getaddrinfo would know no name
         places: List[Any] = [at[4] for at in socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM)]
         while self.sock is None:
             share = max(0.001, (end - _now()) / len(places))
