@@ -17,14 +17,8 @@ What it promises (all times are in seconds):
   * What may pass is tried again, never later than max_delay; what cannot pass is not.
   * The key is shown nowhere, redirects are not followed, certificates are verified.
   * Every HTTP attempt leaves a Record; whatever waits can be interrupted.
-
-    Error                       every failure; nothing else is raised
-    +-- ConfigurationError      a key, URL, prompt or parameter cannot work: nothing was sent
-    +-- APIConnectionError      no whole answer: no connection, TLS, a reset, a cut-off body
-    |   +-- APITimeoutError     no whole answer in time
-    +-- APIStatusError          a status of failure
-    |   +-- RateLimitError      429
-    +-- APIResponseError        a 2xx answer that holds no completion
+  * Every failure is an Error: ConfigurationError, APIConnectionError (and APITimeoutError below
+    it), APIStatusError (and RateLimitError), APIResponseError.
 """
 import binascii
 import collections
@@ -89,38 +83,27 @@ _MIN_SECRET = 6         # a shorter key is a placeholder such as "none", which w
 Prompt = Union[str, List[Dict[str, Any]]]  # one message of a user, or a conversation
 
 # Time and chance, which the tests replace.
-_now, _wall, _random = time.monotonic, time.time, random.random
-
-
-def _wait(condition: threading.Condition, seconds: float) -> None:
-    condition.wait(seconds)
+_now, _wall, _random, _wait = time.monotonic, time.time, random.random, threading.Condition.wait
 
 
 # Errors
 
 
 class Error(Exception):
-    """Every failure; its text says what happened, in the server's words where there are any.
+    """Every failure; its text says what happened, in the server's words where there are any."""
 
-    attempts, records    how many requests were made for the prompt, and a Record of each
-    retryable            whether the same request may pass later
-    retry_after          seconds the last answer asked to wait, or None
-    status_code, request_id, body           of the last answer; its JSON value, or its text
-    code, type, param, message              the server's own, where it gave them
-    """
-
-    attempts: int = 0
-    records: Tuple["Record", ...] = ()
-    retryable: bool = False
-    retry_after: Optional[float] = None
-    status_code: Optional[int] = None
-    overload: Optional[int] = None  # the status as the throttle is to see it
+    attempts: int = 0                     # how many requests were made for the prompt
+    records: Tuple["Record", ...] = ()    # one for each
+    retryable: bool = False               # whether the same request may pass later
+    retry_after: Optional[float] = None   # seconds the last answer asked to wait
+    status_code: Optional[int] = None     # of the last answer
+    overload: Optional[int] = None        # the status as the throttle is to see it
     request_id: Optional[str] = None
-    code: Optional[str] = None
+    code: Optional[str] = None            # the server's own, where it gave one
     type: Optional[str] = None
     param: Optional[str] = None
     message: Optional[str] = None
-    body: Any = None
+    body: Any = None                      # the last answer's JSON value, or its text
 
     def __init__(self, text: str, **details: Any) -> None:
         super().__init__(text)
@@ -129,19 +112,16 @@ class Error(Exception):
 
 class ConfigurationError(Error, ValueError):
     """A key, URL, prompt or parameter that cannot work. Nothing was sent."""
-
     code = "invalid_request"
 
 
 class APIConnectionError(Error):
     """No whole answer: no connection, no TLS, a reset, a cut-off body."""
-
     code = "connection_error"
 
 
 class APITimeoutError(APIConnectionError):
     """No whole answer in time. The server may have worked, and charge for it."""
-
     code = "timeout"
 
 
@@ -155,7 +135,6 @@ class RateLimitError(APIStatusError):
 
 class APIResponseError(Error):
     """A 2xx answer that is no completion: not JSON, without choices, an error in disguise."""
-
     code = "invalid_response"
 
 
@@ -164,7 +143,6 @@ class APIResponseError(Error):
 
 class Record(NamedTuple):
     """One HTTP attempt."""
-
     time: float               # when it left, as of time.time()
     route: str                # its path, such as /v1/chat/completions
     model: str                # as asked for
@@ -180,7 +158,6 @@ class Record(NamedTuple):
 
 class Completion(NamedTuple):
     """One answer."""
-
     text: str                 # empty where the model calls a tool or a filter struck
     model: str                # as returned: often a dated snapshot of the one asked for
     finish_reason: Optional[str]
@@ -194,14 +171,15 @@ class Completion(NamedTuple):
 class Stats:
     """What became of the requests for one model on one route."""
 
+    pace: Optional[float] = None  # these belong to one client's present: they do not add up
+    window: Optional[float] = None
+
     def __init__(self) -> None:
         self.requests = self.answers = self.retries = 0
         self.prompt_tokens = self.completion_tokens = 0
         self.statuses: Dict[Optional[int], int] = collections.Counter()
         # Answers by latency in steps of 5 %: quantiles of millions in few numbers that add up.
         self.latencies: Dict[int, int] = collections.Counter()
-        self.pace: Optional[float] = None
-        self.window: Optional[float] = None
 
     def count(self, record: Record) -> None:
         self.requests += 1
@@ -224,7 +202,7 @@ class Stats:
 
     def __add__(self, other: "Stats") -> "Stats":
         total = Stats()
-        for name in set(vars(self)) - {"pace", "window"}:  # those belong to one client's present
+        for name in vars(total):
             setattr(total, name, getattr(self, name) + getattr(other, name))
         return total
 
