@@ -1386,6 +1386,18 @@ class TheEnd(Case):
             leaving.join(3.0)
             self.assertFalse(leaving.is_alive(), "waits for ever")
 
+    def test_of_what_is_cancelled_does_not_wait_for_its_turn(self):
+        """Held back by a refusal, it holds neither the block nor who waits for it."""
+        self.real_time()
+        with Server(status(429, headers={"Retry-After": "20"})) as server:
+            start = time.monotonic()
+            with self.client(server, max_retries=0) as client:
+                first, second = client.submit("a"), client.submit("b")
+                self.assertEqual(first.exception(TIMEOUT).status_code, 429)
+                self.assertTrue(second.cancel() and second.cancel())
+                self.assertEqual(concurrent.futures.wait([second], TIMEOUT).done, {second})
+            self.assertLess(time.monotonic() - start, 3.0)
+
     def test_of_a_with_block_by_an_exception_is_immediate(self):
         """What waits fails, what is in flight is hung up on."""
         self.real_time()
