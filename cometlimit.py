@@ -259,7 +259,7 @@ class Client:
                                          % (name, least, count))
         for name, span in (("max_delay", max_delay), ("timeout", timeout),
                            ("deadline", 1.0 if deadline is None else deadline)):
-            if type(span) not in (int, float) or not 0 < span < math.inf:
+            if type(span) not in (int, float) or not 0 < span < threading.TIMEOUT_MAX:
                 raise ConfigurationError("%s is a number of seconds above 0, not %r" % (name, span))
         if on_record is not None and not callable(on_record):
             raise ConfigurationError("on_record is a function of a Record, not %r" % (on_record,))

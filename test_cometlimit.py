@@ -1225,7 +1225,8 @@ class BadInput(Case):
             ("max_retries", 0, (-1, 1.0, False, "4", None))) for value in values]
         table += [(name, value, span % (name, value)) for name in ("max_delay", "timeout",
                                                                    "deadline")
-                  for value in (0, -1, "30", True, NAN, float("inf"), float("-inf"))]
+                  for value in (0, -1, "30", True, NAN, float("inf"), float("-inf"),
+                                1e300)]  # which no clock of a thread can wait for
         table += [("timeout", None, span % ("timeout", None)), ("on_record", 5, "on_record is a "
                                                                 "function of a Record, not 5")]
         for name, value, text in table:
