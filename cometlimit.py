@@ -630,6 +630,7 @@ class _Pool:
                      and record.attempt <= self.client.max_retries)
             if again:
                 heapq.heappush(self.lines[call.model], (now + pause, next(self.turns), call))
+                self.changed.notify()
             else:
                 del self.calls[call]
         if met:
@@ -654,7 +655,8 @@ class _Pool:
         stats = self.stats.get(key) or self.stats.setdefault(key, Stats())
         stats.count(record)
         stats.pace, stats.window = throttle.pace, throttle.window
-        self.changed.notify()
+        if any(self.lines.values()):  # something may leave now
+            self.changed.notify()
         return throttle.congestions > known
 
 
