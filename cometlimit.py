@@ -24,11 +24,13 @@ import binascii
 import collections
 import concurrent.futures
 import contextlib
+import copy
 import email.utils
 import errno
 import heapq
 import http.client
 import io
+import itertools
 import json
 import logging
 import math
@@ -44,7 +46,7 @@ import threading
 import time
 import urllib.parse
 from typing import Any, Callable, Deque, Dict, Iterable, Iterator, List, NamedTuple, Optional
-from typing import Set, Tuple, Type, Union
+from typing import Tuple, Type, Union
 
 try:
     import ssl
@@ -78,6 +80,9 @@ _MAX_ERROR = 64 << 10   # bytes; a gateway was seen to send an error of 114 MB
 _MAX_DEPTH = 200        # json recurses in C: a hostile answer could overrun a thread's stack
 _CANCELLED = "cancelled"  # the code of the Error of a call that was given up
 _MIN_SECRET = 6         # a shorter key is a placeholder such as "none", which words may contain
+
+_encode = json.JSONEncoder(allow_nan=False).encode
+_log = logging.getLogger("cometlimit").log
 
 Prompt = Union[str, List[Dict[str, Any]]]  # one message of a user, or a conversation
 
@@ -253,7 +258,7 @@ class Client:
                                          % (name, least, count))
         for name, span in (("max_delay", max_delay), ("timeout", timeout),
                            ("deadline", 1.0 if deadline is None else deadline)):
-            if type(span) not in (int, float) or not 0 < span < math.inf:
+            if type(span) not in (int, float) or not 0 < span < threading.TIMEOUT_MAX:
                 raise ConfigurationError("%s is a number of seconds above 0, not %r" % (name, span))
         if on_record is not None and not callable(on_record):
             raise ConfigurationError("on_record is a function of a Record, not %r" % (on_record,))
@@ -313,7 +318,9 @@ class Client:
     @property
     def metrics(self) -> Metrics:
         """What became of the requests so far."""
-        return self._pool.metrics()
+        pool = self._pool
+        with pool.lock:
+            return copy.deepcopy(pool.stats)
 
     def close(self) -> None:
         """End at once: what waits fails with an Error, what is in flight is hung up on."""
@@ -338,11 +345,11 @@ class Client:
     @property
     def _pool(self) -> "_Pool":  # one a process: threads, locks and connections do not survive fork
         pid = os.getpid()
-        return self._pools.get(pid) or self._pools.setdefault(pid, _Pool(self, self._endpoint))
+        return self._pools.get(pid) or self._pools.setdefault(pid, _Pool(self))
 
     def _call(self, prompt: Prompt, **params: Any) -> "_Call":
         model, payload = _payload(prompt, **dict({"model": self.model}, **params))
-        return _Call(model, payload, _now() + (self.deadline or math.inf))
+        return _Call(self._pool, model, payload, _now() + (self.deadline or math.inf))
 
     def _calls(self, prompts: Iterable[Prompt], params: Dict[str, Any]) -> "Iterator[_Call]":
         """A call for each prompt; what is wrong with one, or ends them, fails in turn."""
@@ -350,17 +357,17 @@ class Client:
             raise ConfigurationError(
                 "prompts is a list of prompts; for a single one there is ask()")
         source = iter(prompts)
-        error: Optional[BaseException] = None
-        while error is None or isinstance(error, Error):
+        while True:
             try:
                 yield self._call(next(source), **params)
             except StopIteration:
                 return
             except Exception as fault:
-                error, call = fault, _Call()
-                call.over = True
-                call.set_exception(fault)
-                yield call
+                failed = _Call(self._pool)
+                failed.set_exception(fault)
+                yield failed
+                if not isinstance(fault, Error):
+                    return
 
 
 def _first(ahead: "Deque[_Call]", most: int, return_exceptions: bool) -> Iterator[Any]:
@@ -387,7 +394,7 @@ def _payload(prompt: Prompt, **params: Any) -> Tuple[str, bytes]:
     if params.get("stream"):
         raise ConfigurationError("stream cannot be used: answers come whole")
     try:
-        return model, json.dumps(dict({"messages": prompt}, **params), allow_nan=False).encode()
+        return model, _encode(dict({"messages": prompt}, **params)).encode()
     except (TypeError, ValueError, RecursionError) as fault:
         raise ConfigurationError("the request cannot be made JSON: %s" % fault) from None
 
@@ -401,31 +408,42 @@ def ask_all(prompts: Iterable[Prompt], **client_options: Any) -> List[str]:
 class _Call(concurrent.futures.Future):
     """One prompt on its way: a Future of its Completion, and what came of it so far."""
 
-    def __init__(self, model: str = "", payload: bytes = b"", expires: float = math.inf) -> None:
+    def __init__(self, pool: "_Pool", model: str = "", payload: bytes = b"",
+                 expires: float = math.inf) -> None:
         super().__init__()
-        self.model, self.payload, self.expires = model, payload, expires
+        self.pool, self.model, self.payload, self.expires = pool, model, payload, expires
         self.records: Tuple[Record, ...] = ()
         self.error: Optional[Error] = None  # of the last attempt
-        self.since = _now()   # when it began to wait
-        self.turn = 0         # its place in the line
-        self.ticket: Any = None  # the throttle's, while in flight
-        self.over = False     # its outcome stands: whoever set this, under the lock, hands it over
+        self.since = _now()                 # when it began to wait
+        self.ticket: Any = None             # the throttle's, while in flight
+
+    def cancel(self) -> bool:
+        cancelled = super().cancel()
+        if cancelled:  # its turn may come late: nobody is to wait for that
+            self.pool.drop([self])
+        return cancelled
 
     def hand_over(self, outcome: Union[Completion, Error]) -> None:
         """Runs callbacks, so never with a lock held."""
+        finish: Callable[[Any], None] = self.set_result
+        if isinstance(outcome, Error):
+            finish, outcome.records = self.set_exception, self.records
+            outcome.attempts = len(self.records) + (self.ticket is not None)
         if self.running() or self.set_running_or_notify_cancel():
-            try:
-                if isinstance(outcome, Error):
-                    self.set_exception(outcome)
-                else:
-                    self.set_result(outcome)
-            except BaseException:  # a callback that exits must not take the thread along
-                _tell(logging.ERROR, "a callback failed", exc_info=True)
+            _run("a callback", finish, outcome)
+
+
+def _run(name: str, function: Callable[..., Any], value: Any) -> None:
+    """Call what others wrote: if it fails, or exits, that must not cost an answer or a thread."""
+    try:
+        function(value)
+    except BaseException:
+        _tell(logging.ERROR, "%s failed", name, exc_info=True)
 
 
 def _tell(level: int, *words: Any, **options: Any) -> None:
     try:
-        logging.getLogger("cometlimit").log(level, *words, **options)
+        _log(level, *words, **options)
     except BaseException:  # a handler that fails, or exits, must not cost an answer
         pass
 
@@ -434,60 +452,58 @@ class _Pool:
     """The calls that wait, and the threads that carry them.
 
     A thread takes the call whose turn it is, makes one attempt and settles what came of it. A call
-    that is to be tried again holds no thread: it rests in `timers`, then goes to the back of its
-    line. `lock` guards everything here; nothing is sent and no user's code runs while it is held.
+    that is to be tried again holds no thread: it goes to the back of its line, and is due after
+    its backoff. `lock` guards everything here; nothing is sent and no user's code runs while it is
+    held. Only the thread that holds `front` looks out for the next call: were all to wake for each
+    request that may leave, they would do little else.
     """
 
-    def __init__(self, client: Client, endpoint: "_Endpoint") -> None:
-        self.client, self.endpoint = client, endpoint
-        self.lock = threading.Lock()
-        self.changed = threading.Condition(self.lock)  # for threads: there may be a call to take
+    def __init__(self, client: Client) -> None:
+        self.client, self.endpoint = client, client._endpoint
+        self.front, self.lock = threading.Lock(), threading.Lock()
+        self.changed = threading.Condition(self.lock)  # for that thread: there may be a call
         self.ended = threading.Condition(self.lock)    # for join(): there may be none left
-        self.calls: Set[_Call] = set()  # all that are not over
-        self.lines: Dict[str, Deque[_Call]] = {}  # those that wait, by model
-        self.throttles: Dict[str, Throttle] = {}
-        self.timers: List[Tuple[float, int, _Call]] = []  # a heap: backoffs, deadlines
-        self.stats: Dict[str, Stats] = {}
-        self.wires: List[_Wire] = []  # one for each thread
-        self.turns = self.idle = 0
-        self.alarm = math.inf  # when the idle thread that watches the clock will wake
-        self.closed = False
+        # Those without an outcome, the first to expire first: who takes one out, hands it over.
+        self.calls: Dict[_Call, None] = collections.OrderedDict()
+        # Those that wait, by model: heaps by when they came, or their backoff ends.
+        self.lines: Dict[str, List[Tuple[float, int, _Call]]] = collections.defaultdict(list)
+        self.throttles: Dict[str, Throttle] = collections.defaultdict(
+            lambda: Throttle(client.max_delay, _random))
+        self.turns = itertools.count()  # so that calls need not be compared
+        self.stats = Metrics()
+        self.wires: List[_Wire] = []    # one for each thread
+        self.closed = self.asleep = False  # threads are to end, for ever or until a call comes
 
     def submit(self, call: _Call) -> None:
         with self.lock:
             if self.closed:
                 raise ConfigurationError("the client is closed: make a new one")
-            if self.idle <= sum(map(len, self.lines.values())) and (
-                    len(self.wires) < self.client.max_concurrency):
+            if len(self.wires) < self.client.max_concurrency and (
+                    sum(wire.call is None for wire in self.wires)
+                    <= sum(map(len, self.lines.values()))):  # more wait than are free
                 self._hire()
-            self.calls.add(call)
-            self._line_up(call)
-            if call.expires < math.inf:
-                self._set_timer(call.expires, call)
+            self.asleep = False
+            self.calls[call] = None
+            heapq.heappush(self.lines[call.model], (call.since, next(self.turns), call))
             self.changed.notify()
 
     def drop(self, calls: Iterable[_Call], why: str = "nobody waited for it any more") -> None:
         """End calls at once: what waits is not sent, what is in flight is hung up on."""
         with self.lock:
-            dropped = [call for call in calls if not call.over]
+            dropped = {call for call in calls if call in self.calls}
             for call in dropped:
-                call.over = True
-            if dropped:
-                self.calls.difference_update(dropped)
-                for model, line in self.lines.items():
-                    self.lines[model] = collections.deque(call for call in line if not call.over)
-                for wire in self.wires:
-                    if wire.call is not None and wire.call.over:
-                        wire.hang_up()
-                self.ended.notify_all()
+                del self.calls[call]
+            for wire in self.wires:
+                if wire.call in dropped:
+                    wire.hang_up()
+            self.ended.notify_all()
         for call in dropped:
-            call.hand_over(Error("given up: " + why, code=_CANCELLED, records=call.records,
-                                 attempts=len(call.records) + (call.ticket is not None)))
+            call.hand_over(Error("given up: " + why, code=_CANCELLED))
 
     def join(self) -> None:
         """Wait until every call is over and its callbacks have run."""
         with self.lock:
-            while self.calls:
+            while self.calls or any(wire.call and not wire.cut for wire in self.wires):
                 self.ended.wait()
 
     def close(self) -> None:
@@ -501,173 +517,121 @@ class _Pool:
             if wire.thread is not threading.current_thread():
                 wire.thread.join(max(0.0, end - time.monotonic()))
 
-    def metrics(self) -> Metrics:
-        with self.lock:
-            snapshot = Metrics()
-            for model, stats in self.stats.items():
-                snapshot[self.endpoint.route, model] = copy = Stats() + stats
-                copy.pace, copy.window = self.throttles[model].pace, self.throttles[model].window
-            return snapshot
-
     def _hire(self) -> None:
         wire = _Wire(self.endpoint)
         wire.thread = threading.Thread(  # a daemon: the interpreter's end does not wait for a read
             target=self._work, args=(wire,), name="cometlimit", daemon=True)
         try:
             wire.thread.start()
+            self.wires.append(wire)
         except RuntimeError as fault:  # the system's limit, or the interpreter is ending
             if not self.wires:
                 raise Error("no thread can be started to send requests: %s" % fault) from None
-        else:
-            self.wires.append(wire)
-
-    def _line_up(self, call: _Call) -> None:
-        if call.model not in self.lines:
-            self.lines[call.model] = collections.deque()
-            self.throttles[call.model] = Throttle(self.client.max_delay, lambda: _random())
-        self.turns += 1
-        call.turn = self.turns
-        self.lines[call.model].append(call)
-
-    def _set_timer(self, due: float, call: _Call) -> None:
-        self.turns += 1
-        heapq.heappush(self.timers, (due, self.turns, call))
-        if len(self.timers) > 4 * len(self.calls) + 64:  # most are deadlines of calls long over
-            self.timers = [timer for timer in self.timers if not timer[2].over]
-            heapq.heapify(self.timers)
 
     def _work(self, wire: "_Wire") -> None:
-        call = self._take(wire)
-        while call is not None:
-            if call.ticket is None:  # its deadline passed in the line
+        for call in iter(lambda: self._take(wire), None):
+            if call.ticket is None:
                 call.hand_over(call.error or APITimeoutError("not sent before its deadline"))
             else:
-                outcome, record = self._attempt(wire, call)
-                if self._settle(call, outcome, record):
-                    call.hand_over(outcome)
-            call = self._take(wire)
+                self._settle(call, *self._attempt(wire, call))
         wire.close()
 
     def _take(self, wire: "_Wire") -> Optional[_Call]:
         """The call whose turn it is, as soon as it may be sent; None when the thread is to end."""
         with self.lock:
-            if wire.call is not None and wire.call.over:
-                self.calls.discard(wire.call)
-                self.ended.notify_all()
             wire.call = None
-            while not self.closed:
-                now = _now()
-                call, due = self._next(now)
-                if call is None:
-                    if not self._rest(now, due):
-                        break
-                elif call.over:
-                    return wire.begin(call)
-                elif call.running() or call.set_running_or_notify_cancel():
-                    call.ticket = self.throttles[call.model].sent(now)
-                    if self.idle:
-                        self.changed.notify()  # another has to watch the clock meanwhile
-                    return wire.begin(call)
-                else:  # cancelled
-                    call.over = True
-                    self.calls.discard(call)
-                    self.ended.notify_all()
-            self.wires.remove(wire)
-            return None
+            if not self.calls:
+                self.ended.notify_all()
+        with self.front, self.lock:
+            call = self._look()
+            if call is None:
+                self.wires.remove(wire)
+                return None
+            return wire.begin(call)
+
+    def _look(self) -> Optional[_Call]:
+        """The next call to be sent or, without a ticket, whose deadline has passed in the line."""
+        while not (self.closed or self.asleep):
+            now = _now()
+            call, due = self._next(now)
+            if call is None:
+                if due < math.inf:
+                    _wait(self.changed, due - now)
+                elif not self.changed.wait(_IDLE):
+                    self.asleep = not self.calls
+            elif not (call.running() or call.set_running_or_notify_cancel()):
+                del self.calls[call]  # cancelled
+            elif call.expires <= now:
+                del self.calls[call]
+                return call
+            else:
+                call.ticket = self.throttles[call.model].sent(now)
+                return call
+        return None
 
     def _next(self, now: float) -> Tuple[Optional[_Call], float]:
         """The call whose turn it is, else None and when to look again.
 
-        First come, first served, whatever the model. One whose deadline has passed comes out over.
+        First come, first served, whatever the model. One whose deadline has passed comes at once.
         """
-        while self.timers and (self.timers[0][0] <= now or self.timers[0][2].over):
-            call = heapq.heappop(self.timers)[2]
-            if not call.over and call.ticket is None:
-                if call.expires <= now:
-                    call.over = True
-                    return call, now
-                self._line_up(call)
-        first, due = None, self.timers[0][0] if self.timers else math.inf
+        first, due = None, math.inf
         for model, line in self.lines.items():
-            while line and line[0].over:
-                line.popleft()
-            wait = self.throttles[model].wait(now) if line else math.inf
-            if wait > 0.0:
-                due = min(due, now + wait)
-            elif first is None or line[0].turn < first[0].turn:
-                first = line
-        return (first.popleft() if first else None), due
-
-    def _rest(self, now: float, due: float) -> bool:
-        """Sleep until something changes; False after a long time without work.
-
-        Only the idle thread with the earliest alarm watches the clock: were all to wake for each
-        request that may leave, they would do little else.
-        """
-        watch = due < self.alarm
-        self.idle += 1
-        if watch:
-            self.alarm = due
-            _wait(self.changed, due - now)
-            self.alarm = math.inf if self.alarm == due else self.alarm
-        else:
-            self.changed.wait(_IDLE)
-        self.idle -= 1
-        return watch or bool(self.calls) or _now() - now < _IDLE
+            while line and line[0][2] not in self.calls:
+                heapq.heappop(line)
+            if line:
+                leaves = max(line[0][0], now + self.throttles[model].wait(now))
+                if leaves > now:
+                    due = min(due, leaves)
+                elif first is None or line[0] < first[0]:
+                    first = line
+        oldest = next((call for call in self.calls if call.ticket is None), None)
+        if oldest is None or oldest.expires <= now:
+            return oldest, due
+        return heapq.heappop(first)[2] if first else None, min(due, oldest.expires)
 
     def _attempt(self, wire: "_Wire", call: _Call) -> Tuple[Union[Completion, Error], Record]:
         """One HTTP exchange, whatever comes of it, and its Record."""
-        began, wall, key = _now(), _wall(), self.endpoint.key
+        began, wall, number = _now(), _wall(), len(call.records) + 1
         status: Optional[int] = None
         outcome: Any
         try:
             answer = wire.post(call.payload, min(began + self.client.timeout, call.expires))
-            status, outcome = answer.status, _understand(answer, key)
+            status, outcome = answer.status, _understand(answer, self.endpoint.key)
         except Exception as fault:  # whatever it is, somebody waits for the outcome
-            outcome = _translate(fault, wire.connected, key)
-        latency, number, code, usage = _now() - began, len(call.records) + 1, None, {}
+            outcome = _translate(fault, wire.connected, self.endpoint.key)
+        latency, code, usage = _now() - began, None, {}
         if isinstance(outcome, Error):
             code = outcome.code or "http_%s" % status
         else:
             outcome, usage = outcome._replace(attempts=number, latency=latency), outcome.usage
+        tokens = (count if isinstance(count, int) else 0 for count in map(
+            usage.get, ("prompt_tokens", "completion_tokens")))
         record = Record(wall, self.endpoint.route, call.model, status, latency, number,
-                        began - call.since, outcome.request_id, code, *(
-                            usage[name] if isinstance(usage.get(name), int) else 0
-                            for name in ("prompt_tokens", "completion_tokens")))
-        call.records += (record,)
-        if isinstance(outcome, Error):
-            outcome.attempts, outcome.records = number, call.records
+                        began - call.since, outcome.request_id, code, *tokens)
         _tell(logging.DEBUG, "%r", record)
-        try:
-            if self.client.on_record is not None:
-                self.client.on_record(record)
-        except BaseException:  # a mistake in it, even sys.exit(), must not cost an answer
-            _tell(logging.ERROR, "on_record failed", exc_info=True)
+        if self.client.on_record is not None:
+            _run("on_record", self.client.on_record, record)
         return outcome, record
 
-    def _settle(self, call: _Call, outcome: Union[Completion, Error], record: Record) -> bool:
-        """Learn from an attempt, and end the call or have it tried again: the one place that
-        decides. Whether the outcome is to be handed over."""
+    def _settle(self, call: _Call, outcome: Union[Completion, Error], record: Record) -> None:
+        """Learn from an attempt, and have the call tried again or end it: the one that decides."""
         error = outcome if isinstance(outcome, Error) else None
-        hint = error.retry_after if error else None
-        pause = backoff(record.attempt, hint, self.client.max_delay, _random)
+        pause = backoff(record.attempt, error.retry_after if error else None,
+                        self.client.max_delay, _random)
         with self.lock:
             now, throttle = _now(), self.throttles[call.model]
-            known = throttle.congestions
-            if error is None or error.overload is None or call.over:
-                throttle.answered(call.ticket, now)
-            else:
-                throttle.refused(call.ticket, now, error.overload, hint)
-            met = throttle.congestions > known
-            self.stats.setdefault(call.model, Stats()).count(record)
-            call.error, call.ticket, call.since = error, None, now
-            again = (error is not None and error.retryable and not call.over and not self.closed
-                     and record.attempt <= self.client.max_retries and now + pause < call.expires)
-            handed = not again and not call.over
+            met = self._learn(call, error, record, now)
+            if call not in self.calls:  # given up meanwhile
+                return
+            call.records, call.error = call.records + (record,), error
+            call.since, call.ticket = now, None
+            again = (error is not None and error.retryable and now + pause < call.expires
+                     and record.attempt <= self.client.max_retries)
             if again:
-                self._set_timer(now + pause, call)
+                heapq.heappush(self.lines[call.model], (now + pause, next(self.turns), call))
+                self.changed.notify()
             else:
-                call.over = True
+                del self.calls[call]
         if met:
             _tell(logging.INFO, "model %s: limit met: pace %s/s, window %s, a pause of %.1f s",
                   call.model, throttle.pace and round(throttle.pace, 3), throttle.window,
@@ -675,7 +639,24 @@ class _Pool:
         if again:
             _tell(logging.INFO, "model %s: attempt %d of %d: %s; next in %.1f s", call.model,
                   record.attempt, self.client.max_retries + 1, error, pause)
-        return handed
+        else:
+            call.hand_over(outcome)
+
+    def _learn(self, call: _Call, error: Optional[Error], record: Record, now: float) -> bool:
+        """Tell throttle, metrics and the thread in front. Whether a limit was met."""
+        throttle = self.throttles[call.model]
+        known = throttle.congestions
+        if error is None or error.overload is None or call not in self.calls:
+            throttle.answered(call.ticket, now)
+        else:
+            throttle.refused(call.ticket, now, error.overload, error.retry_after)
+        key = record.route, call.model
+        stats = self.stats.get(key) or self.stats.setdefault(key, Stats())
+        stats.count(record)
+        stats.pace, stats.window = throttle.pace, throttle.window
+        if any(self.lines.values()):  # something may leave now
+            self.changed.notify()
+        return throttle.congestions > known
 
 
 # The throttle

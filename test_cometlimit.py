@@ -1226,7 +1226,8 @@ class BadInput(Case):
             ("max_retries", 0, (-1, 1.0, False, "4", None))) for value in values]
         table += [(name, value, span % (name, value)) for name in ("max_delay", "timeout",
                                                                    "deadline")
-                  for value in (0, -1, "30", True, NAN, float("inf"), float("-inf"))]
+                  for value in (0, -1, "30", True, NAN, float("inf"), float("-inf"),
+                                1e300)]  # which no clock of a thread can wait for
         table += [("timeout", None, span % ("timeout", None)), ("on_record", 5, "on_record is a "
                                                                 "function of a Record, not 5")]
         for name, value, text in table:
@@ -1403,6 +1404,18 @@ class TheEnd(Case):
             leaving.start()
             leaving.join(3.0)
             self.assertFalse(leaving.is_alive(), "waits for ever")
+
+    def test_of_what_is_cancelled_does_not_wait_for_its_turn(self):
+        """Held back by a refusal, it holds neither the block nor who waits for it."""
+        self.real_time()
+        with Server(status(429, headers={"Retry-After": "20"})) as server:
+            start = time.monotonic()
+            with self.client(server, max_retries=0) as client:
+                first, second = client.submit("a"), client.submit("b")
+                self.assertEqual(first.exception(TIMEOUT).status_code, 429)
+                self.assertTrue(second.cancel() and second.cancel())
+                self.assertEqual(concurrent.futures.wait([second], TIMEOUT).done, {second})
+            self.assertLess(time.monotonic() - start, 3.0)
 
     def test_of_a_with_block_by_an_exception_is_immediate(self):
         """What waits fails, what is in flight is hung up on."""
