@@ -584,10 +584,12 @@ class _Pool:
                     due = min(due, leaves)
                 elif first is None or line[0] < first[0]:
                     first = line
-        oldest = next((call for call in self.calls if call.ticket is None), None)
-        if oldest is None or oldest.expires <= now:
-            return oldest, due
-        return heapq.heappop(first)[2] if first else None, min(due, oldest.expires)
+        if self.client.deadline:  # all have the same: the oldest is the first to overrun it
+            oldest = next((call for call in self.calls if call.ticket is None), None)
+            if oldest and oldest.expires <= now:
+                return oldest, due
+            due = min(due, oldest.expires if oldest else due)
+        return heapq.heappop(first)[2] if first else None, due
 
     def _attempt(self, wire: "_Wire", call: _Call) -> Tuple[Union[Completion, Error], Record]:
         """One HTTP exchange, whatever comes of it, and its Record."""
@@ -714,6 +716,7 @@ class Throttle:
     NOISE = 0.09        # the share of refusals that may be chance: some 5 %, and two sigmas
     LONG = 80           # requests that share is taken of
     FAST = 15.0         # requests/s from which chance is reckoned with: it spoils even shares
+    ABSURD = 4          # congestions in a row below what was measured: that was chance (tuned)
     OUTAGE = 4          # failures in a row: of requests that fail at random, three are not rare
 
     def __init__(self, max_delay: float = 30.0,
@@ -732,6 +735,7 @@ class Throttle:
         self._taken = 0.0           # requests that got through
         self._start = 0.0           # since then: their quotient is the pace
         self._trust = 1.0           # seconds in which the limit may double, by what is known
+        self._early = 0             # congestions in a row below the pace that was measured
         self._knee = 0              # in flight at the last refusal
         self._share = self.NOISE    # of the last requests, was refused
         self._row = 0               # failures, with no later request answered
@@ -780,6 +784,9 @@ class Throttle:
             self._share += (1 - self._share) / self.LONG
             if fresh and not asked and self._is_noise(now):
                 return
+            self._early += 1
+            if not fresh or asked or not self.pace or self._interval(now) < 1 / self.pace:
+                self._early = 0
             self._close(ticket, now, asked)
             self._cap(max(ticket.others, self._flying), fresh, asked)
             self._measure(fresh)
@@ -846,6 +853,8 @@ class Throttle:
             keep = min(1.0, self.MEMORY / self._taken)
             self._taken *= keep
             self._start = self.until - keep * seconds
+        if self._early == self.ABSURD:
+            self.pace, self.congestions, self._trust, self._early = None, 0, 1.0, 0
         if self.window is not None:
             self.pace = None
 
@@ -1885,6 +1894,7 @@ class _Job:
     def _ask(self, row: _Row) -> None:
         if self.reason:
             return
+        pool = self.client._pool
         try:
             if not self.known:
                 self._meet(row)
@@ -1894,11 +1904,10 @@ class _Job:
                 return
             if row.problem is not None:
                 raise row.problem
-            call = _Call(*_payload(**row.body))
-            self.client._pool.submit(call)
+            call = _Call(pool, *_payload(**row.body))
+            pool.submit(call)
         except ConfigurationError as problem:
-            call = _Call()
-            call.over = True
+            call = _Call(pool)
             call.set_exception(problem)
         self.calls[call] = row
         call.add_done_callback(lambda call: self.events.put((self._finish, call)))
