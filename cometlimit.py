@@ -17,8 +17,14 @@ What it promises (all times are in seconds):
   * What may pass is tried again, never later than max_delay; what cannot pass is not.
   * The key is shown nowhere, redirects are not followed, certificates are verified.
   * Every HTTP attempt leaves a Record; whatever waits can be interrupted.
-  * Every failure is an Error: ConfigurationError, APIConnectionError (and APITimeoutError below
-    it), APIStatusError (and RateLimitError), APIResponseError.
+
+    Error                       every failure; nothing else is raised
+    +-- ConfigurationError      a key, URL, prompt or parameter cannot work: nothing was sent
+    +-- APIConnectionError      no whole answer: no connection, TLS, a reset, a cut-off body
+    |   +-- APITimeoutError     no whole answer in time
+    +-- APIStatusError          a status of failure
+    |   +-- RateLimitError      429
+    +-- APIResponseError        a 2xx answer that holds no completion
 """
 import binascii
 import collections
@@ -79,6 +85,7 @@ _MAX_ANSWER = 64 << 20  # bytes; more than any completion, less than the memory
 _MAX_ERROR = 64 << 10   # bytes; a gateway was seen to send an error of 114 MB
 _MAX_DEPTH = 200        # json recurses in C: a hostile answer could overrun a thread's stack
 _CANCELLED = "cancelled"  # the code of the Error of a call that was given up
+_NO_SOCKET = "no_socket"  # the same of one that no descriptor was left for
 _MIN_SECRET = 6         # a shorter key is a placeholder such as "none", which words may contain
 
 _encode = json.JSONEncoder(allow_nan=False).encode
@@ -277,8 +284,7 @@ class Client:
 
         `params` go into the request's body untouched: model=, temperature=, max_tokens= ...
         """
-        if any(wire.thread is threading.current_thread() for wire in self._pool.wires):
-            raise ConfigurationError("a callback would wait for itself here: use submit()")
+        self._pool.refuse_own_thread()
         call = self.submit(prompt, **params)
         try:
             done: Completion = call.result()
@@ -301,6 +307,7 @@ class Client:
         answers for a slow one before them. Leaving the loop early cancels what was not sent, and
         hangs up on what was.
         """
+        self._pool.refuse_own_thread()
         ahead: Deque[_Call] = collections.deque()
         room = threading.Semaphore(2 * self.max_concurrency - 1)  # or retries would wait for all
         try:
@@ -472,13 +479,14 @@ class _Pool:
         self.turns = itertools.count()  # so that calls need not be compared
         self.stats = Metrics()
         self.wires: List[_Wire] = []    # one for each thread
+        self.width = client.max_concurrency  # how many there may be
         self.closed = self.asleep = False  # threads are to end, for ever or until a call comes
 
     def submit(self, call: _Call) -> None:
         with self.lock:
             if self.closed:
                 raise ConfigurationError("the client is closed: make a new one")
-            if len(self.wires) < self.client.max_concurrency and (
+            if len(self.wires) < self.width and (
                     sum(wire.call is None for wire in self.wires)
                     <= sum(map(len, self.lines.values()))):  # more wait than are free
                 self._hire()
@@ -486,6 +494,10 @@ class _Pool:
             self.calls[call] = None
             heapq.heappush(self.lines[call.model], (call.since, next(self.turns), call))
             self.changed.notify()
+
+    def refuse_own_thread(self) -> None:
+        if any(wire.thread is threading.current_thread() for wire in self.wires):
+            raise ConfigurationError("a callback would wait for itself here: use submit()")
 
     def drop(self, calls: Iterable[_Call], why: str = "nobody waited for it any more") -> None:
         """End calls at once: what waits is not sent, what is in flight is hung up on."""
@@ -532,9 +544,22 @@ class _Pool:
         for call in iter(lambda: self._take(wire), None):
             if call.ticket is None:
                 call.hand_over(call.error or APITimeoutError("not sent before its deadline"))
-            else:
-                self._settle(call, *self._attempt(wire, call))
+                continue
+            outcome, record = self._attempt(wire, call)
+            self._settle(call, outcome, record)
+            if record.error == _NO_SOCKET and self._retire(wire):
+                break
         wire.close()
+
+    def _retire(self, wire: "_Wire") -> bool:
+        """End a thread for which there is no socket, if others have one."""
+        with self.lock:
+            if len(self.wires) == 1:
+                return False
+            self.wires.remove(wire)
+            self.width = len(self.wires)
+            self.ended.notify_all()
+            return True
 
     def _take(self, wire: "_Wire") -> Optional[_Call]:
         """The call whose turn it is, as soon as it may be sent; None when the thread is to end."""
@@ -688,16 +713,16 @@ class Ticket(NamedTuple):
 class Throttle:
     """Learns from what comes back when the next request may leave: no sleep, no lock, no clock.
 
-    Between two refusals a limiter has been emptied at both ends, so the requests it
-    took, divided by the time that passed, are its rate: no guess, a measurement. So:
+    Between two refusals a limiter has been emptied at both ends, so the requests it took, divided
+    by the time that passed, are its rate: no guess, a measurement. So:
     1. Until the first refusal, requests leave faster and faster.
-    2. A refusal closes the door for Retry-After or one interval; while nothing gets through,
-       one probe at a time, after pauses that grow with the time the door has been shut.
-    3. Then requests leave at the measured pace, which grows slowly until the next refusal.
-       Most of what the limiter gained in the pause leaves at once;
-       time in which nobody asked does not count.
+    2. A refusal closes the door for Retry-After or one interval; while nothing gets through, one
+       probe at a time, after pauses that grow with the time the door has been shut.
+    3. Then requests leave at the measured pace, which grows slowly until the next refusal. Most of
+       what the limiter gained in the pause leaves at once; time in which nobody asked does not count.
     4. Refused at the same number in flight twice, it is a cap on concurrency: a window instead.
     5. Failures (5xx, no connection) in a row are an outage: closed as in 2, nothing learnt.
+    6. Few refusals at a high pace, or several in a row below the measured one, are chance.
     Requests that left before the door closed belong to the same congestion and change nothing.
     x-ratelimit-* is deliberately not obeyed: behind a gateway it describes another's account.
     """
@@ -1141,7 +1166,8 @@ def _translate(fault: BaseException, connected: bool, secret: "re.Pattern[str]")
         return APIConnectionError("TLS cannot be set up. " + text)
     if isinstance(fault, OSError) and fault.errno in (errno.EMFILE, errno.ENFILE):
         return APIConnectionError("no more files or connections may be open at once: lower "
-                                  "max_concurrency, or raise the limit (ulimit -n). " + text)
+                                  "max_concurrency, or raise the limit (ulimit -n). " + text,
+                                  code=_NO_SOCKET, retryable=True)
     if isinstance(fault, (OSError, http.client.HTTPException, ValueError)):
         return APIConnectionError("no whole answer. " + text, retryable=True, overload=503)
     return Error("unexpected " + text, code="unexpected")
@@ -1829,7 +1855,10 @@ class _Job:
         if self.options.dry_run and not os.path.isfile(path):
             return None
         if path == "-":
-            return _Stream(_stdout(), array)
+            write = _stdout()
+            with contextlib.suppress(OSError):  # a stream of Python's is no file
+                self._refuse_open(sys.stdout.fileno(), "stdout")
+            return _Stream(write, array)
         if os.path.exists(path) and not os.path.isfile(path):  # a pipe or a device
             fd = self._open("output", path, os.O_WRONLY)
             return _Stream(lambda data: _write(fd, data), array)
@@ -1837,12 +1866,15 @@ class _Job:
         return _Checkpoint(fd, os.path.realpath(path), self.places)
 
     def _open(self, role: str, path: str, mode: int) -> int:
-        for other, fd in self.files.items():
-            if os.path.isfile(path) and os.path.samefile(path, fd):
-                raise ConfigurationError("%s is the %s" % (path, other))
+        self._refuse_open(path, path)
         self.files[role] = fd = os.open(path, mode | os.O_CREAT | os.O_APPEND, 0o666)
         self.stack.callback(os.close, fd)
         return fd
+
+    def _refuse_open(self, file: Union[str, int], name: str) -> None:
+        for role, fd in self.files.items():
+            if os.path.isfile(file) and os.path.samefile(file, fd):
+                raise ConfigurationError("%s is the %s" % (name, role))
 
     def _survey(self) -> int:
         """Go through the whole input before anything is sent. Returns how many rows are bad."""

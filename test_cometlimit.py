@@ -1971,6 +1971,11 @@ class AResumedRun(CommandLine):
         for name in ("in", "soft", "hard", os.path.abspath("in")):
             with self.subTest(name=name):
                 self.refused(out=name)
+        before = self.read("in")
+        with open("in", "ab") as out:  # python3 cometlimit.py -i in >> in
+            self.finish(self.start("-i", "in", "-o", "-", stdout=out), 2)
+        self.assertIn("is the input", self.err)
+        self.assertEqual(self.read("in"), before)
 
     def test_waits_for_no_other_run(self):
         """A file that a run writes to cannot be another's."""
@@ -2566,6 +2571,21 @@ class TheThrottle(unittest.TestCase):
             else:
                 throttle.answered(ticket, now)
         self.assertLess(now, 60.0)
+
+    def test_forgets_a_measurement_that_was_chance(self):
+        """Refused again and again below what was measured, it was no limit: a new beginning."""
+        throttle, limiter, now, paces = self.throttle(), Bucket(3, 3), 0.0, []
+        for number in range(400):
+            now += throttle.wait(now)
+            ticket = throttle.sent(now)
+            if limiter.take(now) if number < 150 else number % 12:
+                throttle.answered(ticket, now)
+            else:
+                throttle.refused(ticket, now, 429, None)
+            paces.append(throttle.pace)
+        self.assertAlmostEqual(paces[149], 3.0, delta=0.2)
+        self.assertIsNone(paces[-1])
+        self.assertLess(now, 90.0)  # at that pace 130 s
 
     def test_soon_mends_a_first_rough_measurement(self):
         """Of few requests in little time the rate is not known well: it is soon measured again."""
@@ -3427,9 +3447,24 @@ class LockedDownPlaces(Hostile):
                     while True: os.dup(2)
                 except OSError: pass
                 error = next(client.map(["Hi"], return_exceptions=True))
-                if error.attempts > 1 or error.overload or "ulimit -n" not in str(error):
-                    sys.exit(repr(error))""")
+                if error.code != "no_socket" or error.overload or "ulimit -n" not in str(error):
+                    sys.exit(repr(error))""", options="max_retries=0")
         self.assertEqual(done, (0, ""))
+
+    def test_may_have_few_descriptors_left(self):
+        """Those threads that get none end, and the others do the work: nothing is lost."""
+        with Server(forever=reply_echo) as server:
+            self.assertEqual(run(server, "import resource", """
+                resource.setrlimit(resource.RLIMIT_NOFILE, (20, 20))
+                held = []
+                try:
+                    while True: held.append(os.dup(2))
+                except OSError: pass
+                for fd in held[:4]: os.close(fd)
+                prompts = list(map(str, range(60)))
+                texts = [done.text for done in client.map(prompts)]
+                if texts != prompts or len(client._pool.wires) > 4: sys.exit(repr(texts))
+""", options="max_concurrency=12"), (0, ""))
 
     def test_may_have_no_tls(self):
         """Without the ssl module https is a ConfigurationError, and http to this machine works."""
@@ -3479,14 +3514,16 @@ class Threads(Hostile):
 
     def test_of_a_callback_do_not_wait_for_themselves(self):
         """To ask from a callback or from on_record is answered or refused, never a deadlock."""
-        for place in ("callback", "on_record"):
+        for place, ask in (("callback", lambda: client.ask("2")),
+                           ("on_record", lambda: client.ask("2")),
+                           ("callback", lambda: next(client.map(["2"])).text)):
             results, called = [], threading.Event()
 
             def again(_):
                 if not called.is_set():
                     called.set()
                     try:
-                        results.append(client.ask("2"))
+                        results.append(ask())
                     except Exception as error:
                         results.append(error)
             with self.subTest(place=place), Server(forever=reply_echo) as server:
