@@ -718,8 +718,8 @@ class Throttle:
     1. Until the first refusal, requests leave faster and faster.
     2. A refusal closes the door for Retry-After or one interval; while nothing gets through, one
        probe at a time, after pauses that grow with the time the door has been shut.
-    3. Then requests leave at the measured pace, which grows slowly until the next refusal. Most of
-       what the limiter gained in the pause leaves at once; time in which nobody asked does not count.
+    3. Then requests leave at the measured pace, which grows slowly until the next refusal. Most
+       of what the limiter gained in the pause leaves at once; time nobody asked does not count.
     4. Refused at the same number in flight twice, it is a cap on concurrency: a window instead.
     5. Failures (5xx, no connection) in a row are an outage: closed as in 2, nothing learnt.
     6. Few refusals at a high pace, or several in a row below the measured one, are chance.
