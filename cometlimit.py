@@ -737,6 +737,7 @@ class Throttle:
     SPARE = 0.7         # of a pause's gain, leaves at once: the rest is a bucket's reserve (tuned)
     MEMORY = 1.5        # requests' worth of the last stretch kept: a count of k is wrong by one
     DRY = 2.2           # pause / time shut: shut times grow 3.2-fold until PROBE holds (tuned)
+    SICK = 0.5          # the same where a server fails: a probe is cheap, and outages end (tuned)
     PROBE = 1 / 3       # of max_delay: the longest such pause, so that a reopening is seen soon
     NOISE = 0.09        # the share of refusals that may be chance: some 5 %, and two sigmas
     LONG = 80           # requests that share is taken of
@@ -812,14 +813,14 @@ class Throttle:
             self._early += 1
             if not fresh or asked or not self.pace or self._interval(now) < 1 / self.pace:
                 self._early = 0
-            self._close(ticket, now, asked)
+            self._close(ticket, now, asked, self.DRY)
             self._cap(max(ticket.others, self._flying), fresh, asked)
             self._measure(fresh)
         else:
             self._last = self._last if self._row else ticket.number
             self._row += 1
             if self._row >= self.OUTAGE:
-                self._close(ticket, now, 0.0)
+                self._close(ticket, now, 0.0, self.SICK)
                 self._last = self._count - 1
                 self._taken += fresh
                 self._start += self.until - now
@@ -849,11 +850,11 @@ class Throttle:
         grown: float = self.pace ** self.EVEN * self._growth(now)
         return 1 / (self.DIP * self.pace + grown)
 
-    def _close(self, ticket: Ticket, now: float, asked: float) -> None:
+    def _close(self, ticket: Ticket, now: float, asked: float, dry_pause: float) -> None:
         dry, echo = ticket.number == self._first, now - ticket.time
         if not dry or asked:    # a limiter that says when is believed
             self._shut = now
-        pause = min(self.DRY * (now - self._shut), self.PROBE * self.max_delay)
+        pause = min(dry_pause * (now - self._shut), self.PROBE * self.max_delay)
         pause = max(pause, echo, 1 / self.pace if self.pace else 0.0)
         chance = self.random() * pause / 2      # so that many clients do not come back as one
         self.until = now + min(self.max_delay, (asked or 0.75 * pause) + chance)
