@@ -479,14 +479,13 @@ class _Pool:
         self.turns = itertools.count()  # so that calls need not be compared
         self.stats = Metrics()
         self.wires: List[_Wire] = []    # one for each thread
-        self.width = client.max_concurrency  # how many there may be
         self.closed = self.asleep = False  # threads are to end, for ever or until a call comes
 
     def submit(self, call: _Call) -> None:
         with self.lock:
             if self.closed:
                 raise ConfigurationError("the client is closed: make a new one")
-            if len(self.wires) < self.width and (
+            if len(self.wires) < self.client.max_concurrency and (
                     sum(wire.call is None for wire in self.wires)
                     <= sum(map(len, self.lines.values()))):  # more wait than are free
                 self._hire()
@@ -544,22 +543,9 @@ class _Pool:
         for call in iter(lambda: self._take(wire), None):
             if call.ticket is None:
                 call.hand_over(call.error or APITimeoutError("not sent before its deadline"))
-                continue
-            outcome, record = self._attempt(wire, call)
-            self._settle(call, outcome, record)
-            if record.error == _NO_SOCKET and self._retire(wire):
-                break
+            else:
+                self._settle(call, *self._attempt(wire, call))
         wire.close()
-
-    def _retire(self, wire: "_Wire") -> bool:
-        """End a thread for which there is no socket, if others have one."""
-        with self.lock:
-            if len(self.wires) == 1:
-                return False
-            self.wires.remove(wire)
-            self.width = len(self.wires)
-            self.ended.notify_all()
-            return True
 
     def _take(self, wire: "_Wire") -> Optional[_Call]:
         """The call whose turn it is, as soon as it may be sent; None when the thread is to end."""
@@ -567,6 +553,8 @@ class _Pool:
             wire.call = None
             if not self.calls:
                 self.ended.notify_all()
+            elif wire.starved and any(other.sock for other in self.wires):
+                self.ended.wait(_IDLE)  # not end: 3.6 could not, without a descriptor
         with self.front, self.lock:
             call = self._look()
             if call is None:
@@ -635,6 +623,7 @@ class _Pool:
             usage.get, ("prompt_tokens", "completion_tokens")))
         record = Record(wall, self.endpoint.route, call.model, status, latency, number,
                         began - call.since, outcome.request_id, code, *tokens)
+        wire.starved = code == _NO_SOCKET
         _tell(logging.DEBUG, "%r", record)
         if self.client.on_record is not None:
             _run("on_record", self.client.on_record, record)
@@ -936,6 +925,7 @@ class _Wire(io.RawIOBase):
         self.connected = False             # TCP and TLS stand
         self.heard = 0                     # bytes of the present answer
         self.cut = False                   # hung up on
+        self.starved = False               # no descriptor was left for it
 
     def begin(self, call: _Call) -> _Call:
         self.call, self.cut = call, False
