@@ -3465,7 +3465,7 @@ class LockedDownPlaces(Hostile):
                 texts = [done.text for done in client.map(prompts)]
                 if texts != prompts: sys.exit(repr(texts))
                 for fd in held[4:]: os.close(fd)
-""", options="max_concurrency=12"), (0, ""))
+""", options="max_concurrency=12, max_delay=0.1"), (0, ""))
 
     def test_may_have_no_tls(self):
         """Without the ssl module https is a ConfigurationError, and http to this machine works."""
