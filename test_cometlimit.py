@@ -3210,7 +3210,7 @@ class TrustedCertificates(Hostile):
         """An unknown CA, another host, a past date: told with the remedy, once."""
         remedy = r"not trusted.*ca_file=, SSL_CERT_FILE or REQUESTS_CA_BUNDLE"
         certificate("localhost")
-        special("expired", "127.0.0.1", days=-1)
+        special("expired", "127.0.0.1", days=0)
         special("self", "127.0.0.1", authority="self")
         special("other", "other", authority="other", extensions=(
             "basicConstraints=critical,CA:TRUE", "keyUsage=critical,keyCertSign",
