@@ -6,7 +6,8 @@
 limit   300 prompts, 50 at once, against 10 requests a second: answered, refused, seconds
 start   from the start of the process to the first answer
 cpu     client CPU per answered request over https with keep-alive, all of it counted
-load    200 workers for a minute against resets, cut-off bodies, stalls and refusals
+load    200 workers for a minute against resets, cut-off bodies, stalls and refusals, and as
+        long as what is in hand then takes: up to three more
 
 The OpenAI SDK is measured as well where PATH (default: this interpreter) can import it.
 """
@@ -277,8 +278,8 @@ def load(python, clients):
                     middle = resources()
         time.sleep(6)  # for the last stall
         twice = sum(times - 1 for times in server.answered.values())
-        print("  prompts %d, failed %s, requests %d, served again %d (answers cut off: %d)" % (
-            count, codes or 0, server.seen, twice, server.cuts))
+        print("  %.0f s, prompts %d, failed %s, requests %d, served again %d (cut off: %d)" % (
+            time.monotonic() - end + 54, count, codes or 0, server.seen, twice, server.cuts))
         print("  descriptors, threads, MB: before %s, after 500 prompts %s, after %s" % (
             before, middle, resources()))
 
