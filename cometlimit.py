@@ -796,23 +796,31 @@ class Throttle:
             if asked:
                 self.until = max(self.until, now + asked)
         elif status == 429:
-            self._share += (1 - self._share) / self.LONG
-            if fresh and not asked and self._is_noise(now):
-                return
-            self._early += 1
-            if not fresh or asked or not self.pace or self._interval(now) < 1 / self.pace:
-                self._early = 0
-            self._close(ticket, now, asked, self.DRY)
-            self._cap(max(ticket.others, self._flying), fresh, asked)
-            self._measure(fresh)
+            self._limited(ticket, now, fresh, asked)
         else:
-            self._last = self._last if self._row else ticket.number
-            self._row += 1
-            if self._row >= self.OUTAGE:
-                self._close(ticket, now, 0.0, self.SICK)
-                self._last = self._count - 1
-                self._taken += fresh
-                self._start += self.until - now
+            self._failed(ticket, now, fresh)
+
+    def _limited(self, ticket: Ticket, now: float, fresh: int, asked: float) -> None:
+        self._share += (1 - self._share) / self.LONG
+        if fresh and not asked:
+            if self._is_noise(now):
+                return
+            below = self.pace is not None and self._interval(now) >= 1 / self.pace
+            self._early = self._early + 1 if below else 0
+        else:
+            self._early = 0
+        self._close(ticket, now, asked, self.DRY)
+        self._cap(max(ticket.others, self._flying), fresh, asked)
+        self._measure(fresh)
+
+    def _failed(self, ticket: Ticket, now: float, fresh: int) -> None:
+        self._last = self._last if self._row else ticket.number
+        self._row += 1
+        if self._row >= self.OUTAGE:
+            self._close(ticket, now, 0.0, self.SICK)
+            self._last = self._count - 1
+            self._taken += fresh
+            self._start += self.until - now
 
     def _is_noise(self, now: float) -> bool:
         """Few are refused: some servers do so at random, and to take that for a limit would end in
