@@ -1393,7 +1393,10 @@ def _say(text: str, passing: bool = False) -> None:
 def _options(argv: Optional[List[str]]) -> Any:
     parser = _parser()
     options = parser.parse_args(argv)
-    options.param = dict(options.param or ())
+    try:
+        options.param, options.shard = dict(map(_param, options.param)), _shard(options.shard)
+    except ValueError:
+        parser.error("--param is NAME=JSON, and --shard I/N with I from 1 to N")
     options.key = "none" if options.dry_run or options.demo else (
         os.environ.get(options.api_key_env))
     options.array = not (options.input_file or options.output_file)
@@ -1430,9 +1433,9 @@ def _parser() -> Any:
     add("--timeout", type=float, default=600.0, metavar="SEC", help="of one attempt (600)")
     add("--deadline", type=float, default=math.inf, metavar="SEC", help="stop after so long")
     add("--max-failures", type=float, default=math.inf, metavar="N", help="stop after N failed")
-    add("--param", type=_param, action="append", metavar="NAME=JSON", help="a field of each body")
+    add("--param", action="append", default=[], metavar="NAME=JSON", help="a field of each body")
     add("--system", metavar="TEXT", help="a system message before each plain prompt")
-    add("--shard", type=_shard, default=(0, 1), metavar="I/N", help="of every N rows the I-th")
+    add("--shard", default="1/1", metavar="I/N", help="of every N rows the I-th")
     add("--joblog", metavar="FILE", help="append a JSON line for every attempt")
     add("--dry-run", action="store_true", help="check the input, send nothing")
     add("--base-url", metavar="URL", help="else COMETAPI_BASE_URL, else CometAPI's")
