@@ -725,6 +725,7 @@ class Throttle:
     ROUGH = 10          # times a first, short stretch is that time: soon measured again (tuned)
     SPARE = 0.7         # of a pause's gain, leaves at once: the rest is a bucket's reserve (tuned)
     MEMORY = 1.5        # requests' worth of the last stretch kept: a count of k is wrong by one
+    RECENT = 1.0        # seconds' worth, if that is more: bad luck of a moment is no rate (tuned)
     DRY = 2.2           # pause / time shut: shut times grow 3.2-fold until PROBE holds (tuned)
     SICK = 0.5          # the same where a server fails: a probe is cheap, and outages end (tuned)
     PROBE = 1 / 3       # of max_delay: the longest such pause, so that a reopening is seen soon
@@ -752,6 +753,7 @@ class Throttle:
         self._trust = 1.0           # seconds in which the limit may double, by what is known
         self._early = 0             # congestions in a row below the pace that was measured
         self._knee = 0              # in flight at the last refusal
+        self._peak = 0              # and, since, when a request left that was answered
         self._share = self.NOISE    # of the last requests, was refused
         self._row = 0               # failures, with no later request answered
         self._last = 0              # the request up to which an answer is no later one
@@ -783,6 +785,7 @@ class Throttle:
         """The server took it: any answer that says nothing about load."""
         self._flying -= 1
         self._share *= 1 - 1 / self.LONG
+        self._peak = max(self._peak, ticket.others)
         if ticket.number > self._last:
             self._row = 0
 
@@ -859,10 +862,12 @@ class Throttle:
         self._first = self._count
 
     def _cap(self, others: int, fresh: int, asked: float) -> None:
-        """A cap is met at one number in flight, twice running; Retry-After tells of a rate."""
-        again = others >= self.window if self.window else fresh and others == self._knee > 0
+        """A cap is met at one number in flight, twice running, and never beyond; Retry-After tells
+        of a rate."""
+        again = others >= self.window if self.window else (
+            fresh and others == self._knee > 0 and others >= self._peak)
         self.window = others if again and not asked else None
-        self._knee = others
+        self._knee, self._peak = others, 0
 
     def _measure(self, fresh: int) -> None:
         """Ends a stretch: from the end of one pause to the end of the next."""
@@ -873,7 +878,7 @@ class Throttle:
             if self.congestions > 1:    # the first began with a full bucket: too fast
                 self.pace = max(self.SLOWEST, self._taken / seconds)
                 self._trust = min(self.GROWN_TIME, max(self._trust, self.ROUGH * seconds))
-            keep = min(1.0, self.MEMORY / self._taken)
+            keep = min(1.0, max(self.MEMORY / self._taken, self.RECENT / seconds))
             self._taken *= keep
             self._start = self.until - keep * seconds
         if self._early == self.ABSURD:
