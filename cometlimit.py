@@ -725,7 +725,6 @@ class Throttle:
     ROUGH = 10          # times a first, short stretch is that time: soon measured again (tuned)
     SPARE = 0.7         # of a pause's gain, leaves at once: the rest is a bucket's reserve (tuned)
     MEMORY = 1.5        # requests' worth of the last stretch kept: a count of k is wrong by one
-    RECENT = 1.0        # seconds' worth, if that is more: bad luck of a moment is no rate (tuned)
     DRY = 2.2           # pause / time shut: shut times grow 3.2-fold until PROBE holds (tuned)
     SICK = 0.5          # the same where a server fails: a probe is cheap, and outages end (tuned)
     PROBE = 1 / 3       # of max_delay: the longest such pause, so that a reopening is seen soon
@@ -878,7 +877,7 @@ class Throttle:
             if self.congestions > 1:    # the first began with a full bucket: too fast
                 self.pace = max(self.SLOWEST, self._taken / seconds)
                 self._trust = min(self.GROWN_TIME, max(self._trust, self.ROUGH * seconds))
-            keep = min(1.0, max(self.MEMORY / self._taken, self.RECENT / seconds))
+            keep = min(1.0, self.MEMORY / self._taken)
             self._taken *= keep
             self._start = self.until - keep * seconds
         if self._early == self.ABSURD:
