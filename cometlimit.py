@@ -711,7 +711,7 @@ class Throttle:
        of what the limiter gained in the pause leaves at once; time nobody asked does not count.
     4. Refused at the same number in flight twice, it is a cap on concurrency: a window instead.
     5. Failures (5xx, no connection) in a row are an outage: closed as in 2, nothing learnt.
-    6. Few refusals at a high pace, or several in a row below the measured one, are chance.
+    6. Few refusals at a high pace are chance; so is a pace that has fallen time after time.
     Requests that left before the door closed belong to the same congestion and change nothing.
     x-ratelimit-* is deliberately not obeyed: behind a gateway it describes another's account.
     """
@@ -731,7 +731,7 @@ class Throttle:
     NOISE = 0.09        # the share of refusals that may be chance: some 5 %, and two sigmas
     LONG = 80           # requests that share is taken of
     FAST = 15.0         # requests/s from which chance is reckoned with: it spoils even shares
-    ABSURD = 4          # congestions in a row below what was measured: that was chance (tuned)
+    FALLS = 7           # measurements in a row, each below the last: 1 in 40,320 by chance
     OUTAGE = 4          # failures in a row: of requests that fail at random, three are not rare
 
     def __init__(self, max_delay: float = 30.0,
@@ -750,7 +750,7 @@ class Throttle:
         self._taken = 0.0           # requests that got through
         self._start = 0.0           # since then: their quotient is the pace
         self._trust = 1.0           # seconds in which the limit may double, by what is known
-        self._early = 0             # congestions in a row below the pace that was measured
+        self._falls = 0             # measurements in a row, each below the last
         self._knee = 0              # in flight at the last refusal
         self._peak = 0              # and, since, when a request left that was answered
         self._share = self.NOISE    # of the last requests, was refused
@@ -804,13 +804,8 @@ class Throttle:
 
     def _limited(self, ticket: Ticket, now: float, fresh: int, asked: float) -> None:
         self._share += (1 - self._share) / self.LONG
-        if fresh and not asked:
-            if self._is_noise(now):
-                return
-            below = self.pace is not None and self._interval(now) >= 1 / self.pace
-            self._early = self._early + 1 if below else 0
-        else:
-            self._early = 0
+        if fresh and not asked and self._is_noise(now):
+            return
         self._close(ticket, now, asked, self.DRY)
         self._cap(max(ticket.others, self._flying), fresh, asked)
         self._measure(fresh)
@@ -826,7 +821,7 @@ class Throttle:
 
     def _is_noise(self, now: float) -> bool:
         """Few are refused: some servers do so at random, and to take that for a limit would end in
-        a crawl. (Slower clients are brought back up by growth, in time.)"""
+        a crawl. (Slower clients are brought back up by FALLS, in time.)"""
         return (self.window is None and self._share < self.NOISE
                 and 1 / self._interval(now) > self.FAST)
 
@@ -875,13 +870,14 @@ class Throttle:
             self._taken += fresh
             seconds = max(1e-9, self.until - self._start)
             if self.congestions > 1:    # the first began with a full bucket: too fast
-                self.pace = max(self.SLOWEST, self._taken / seconds)
+                last, self.pace = self.pace, max(self.SLOWEST, self._taken / seconds)
+                self._falls = self._falls + 1 if last and self.pace < last else 0
                 self._trust = min(self.GROWN_TIME, max(self._trust, self.ROUGH * seconds))
             keep = min(1.0, self.MEMORY / self._taken)
             self._taken *= keep
             self._start = self.until - keep * seconds
-        if self._early == self.ABSURD:
-            self.pace, self.congestions, self._trust, self._early = None, 0, 1.0, 0
+        if self._falls == self.FALLS:
+            self.pace, self.congestions, self._trust, self._falls = None, 0, 1.0, 0
         if self.window is not None:
             self.pace = None
 

@@ -2576,7 +2576,7 @@ class TheThrottle(unittest.TestCase):
         self.assertLess(now, 60.0)
 
     def test_forgets_a_measurement_that_was_chance(self):
-        """Refused again and again below what was measured, it was no limit: a new beginning."""
+        """A pace that has fallen time after time was no limit's: a new beginning."""
         throttle, limiter, now, paces = self.throttle(), Bucket(3, 3), 0.0, []
         for number in range(400):
             now += throttle.wait(now)
