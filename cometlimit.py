@@ -616,7 +616,7 @@ class _Pool:
             outcome = _translate(fault, wire.connected, self.endpoint.key)
         latency, code, usage = _now() - began, None, {}
         if isinstance(outcome, Error):
-            code = outcome.code or "http_%s" % status
+            code = _code(outcome)
         else:
             outcome, usage = outcome._replace(attempts=number, latency=latency), outcome.usage
         tokens = (count if isinstance(count, int) else 0 for count in map(
@@ -1231,6 +1231,10 @@ def _verdict(answer: _Answer, words: Dict[str, str], may: bool) -> Tuple[Optiona
     return status, status in RETRYABLE
 
 
+def _code(error: Error) -> str:
+    return error.code or "http_%s" % error.status_code
+
+
 def _parse(text: str, depth: int = _MAX_DEPTH) -> Any:
     """The value of a JSON text, no matter who wrote it. Raises ValueError."""
     if text.count("[") + text.count("{") > depth:  # those outside of strings are what counts
@@ -1540,10 +1544,6 @@ def _result(row: _Row, outcome: Union[Completion, Error]) -> bytes:
     names = binascii.crc32(row.id.encode("utf-8", "backslashreplace")), row.mark
     return json.dumps({"id": "batch_req_%08x%08x" % names, "custom_id": row.id,
                        "response": response if status else None, "error": error}).encode() + b"\n"
-
-
-def _code(error: Error) -> str:
-    return error.code or "http_%s" % error.status_code
 
 
 def _answered(result: Dict[str, Any]) -> bool:
