@@ -749,6 +749,7 @@ class Throttle:
         self._probe = 0.0           # how long the first after a pause goes alone
         self._taken = 0.0           # requests that got through
         self._start = 0.0           # since then: their quotient is the pace
+        self._full = True           # the bucket may be, at first: too fast to be its rate
         self._trust = 1.0           # seconds in which the limit may double, by what is known
         self._falls = 0             # measurements in a row, each below the last
         self._knee = 0              # in flight at the last refusal
@@ -869,15 +870,16 @@ class Throttle:
         if fresh:
             self._taken += fresh
             seconds = max(1e-9, self.until - self._start)
-            if self.congestions > 1:    # the first began with a full bucket: too fast
+            if not self._full:
                 last, self.pace = self.pace, max(self.SLOWEST, self._taken / seconds)
                 self._falls = self._falls + 1 if last and self.pace < last else 0
                 self._trust = min(self.GROWN_TIME, max(self._trust, self.ROUGH * seconds))
             keep = min(1.0, self.MEMORY / self._taken)
             self._taken *= keep
             self._start = self.until - keep * seconds
-        if self._falls == self.FALLS:
-            self.pace, self.congestions, self._trust, self._falls = None, 0, 1.0, 0
+        self._full = self._falls == self.FALLS
+        if self._full:          # a new beginning
+            self.pace, self._trust, self._falls = None, 1.0, 0
         if self.window is not None:
             self.pace = None
 

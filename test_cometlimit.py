@@ -2578,6 +2578,7 @@ class TheThrottle(unittest.TestCase):
     def test_forgets_a_measurement_that_was_chance(self):
         """A pace that has fallen time after time was no limit's: a new beginning."""
         throttle, limiter, now, paces = self.throttle(), Bucket(3, 3), 0.0, []
+        counts = []
         for number in range(400):
             now += throttle.wait(now)
             ticket = throttle.sent(now)
@@ -2586,8 +2587,10 @@ class TheThrottle(unittest.TestCase):
             else:
                 throttle.refused(ticket, now, 429, None)
             paces.append(throttle.pace)
+            counts.append(throttle.congestions)
         self.assertAlmostEqual(paces[149], 3.0, delta=0.2)
         self.assertIsNone(paces[-1])
+        self.assertEqual(counts, sorted(counts))
         self.assertLess(now, 90.0)  # at that pace 130 s
 
     def test_soon_mends_a_first_rough_measurement(self):
