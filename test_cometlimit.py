@@ -2551,41 +2551,35 @@ class TheThrottle(unittest.TestCase):
         self.assertGreater(throttle.until, 0.1)
         self.assertEqual((throttle.congestions, throttle.pace), (0, None))
 
+    def drive(self, throttle, count, takes, status=429, idle=None):
+        """Asks as soon as may be, and is answered at once: the time after each request."""
+        now = 0.0
+        for number in range(count):
+            now += throttle.wait(now) + (idle or {}).get(number, 0.0)
+            ticket = throttle.sent(now)
+            if takes(number, now):
+                throttle.answered(ticket, now)
+            else:
+                throttle.refused(ticket, now, status, None)
+            yield now
+
     def test_forgives_failures_at_random(self):
         """A failure now and then, each followed by an answer, holds nobody back."""
-        throttle, now = self.throttle(), 0.0
-        for number in range(200):
-            now += throttle.wait(now)
-            ticket = throttle.sent(now)
-            if number % 5 == 0:
-                throttle.refused(ticket, now, 500, None)
-            else:
-                throttle.answered(ticket, now)
-        self.assertLess(now, 6.0)
+        *_, end = self.drive(self.throttle(), 200, lambda number, _: number % 5, status=500)
+        self.assertLess(end, 6.0)
 
     def test_forgives_refusals_at_random(self):
         """Some servers refuse a few whatever the pace: that is no limit to sink to."""
-        throttle, now, chance = self.throttle(), 0.0, random.Random(5)
-        for number in range(3000):
-            now += throttle.wait(now)
-            ticket = throttle.sent(now)
-            if number > 100 and chance.random() < 0.04:
-                throttle.refused(ticket, now, 429, None)
-            else:
-                throttle.answered(ticket, now)
-        self.assertLess(now, 60.0)
+        chance = random.Random(5)
+        *_, end = self.drive(self.throttle(), 3000,
+                             lambda number, _: number <= 100 or chance.random() >= 0.04)
+        self.assertLess(end, 60.0)
 
     def test_forgets_a_measurement_that_was_chance(self):
         """A pace that has fallen time after time was no limit's: a new beginning."""
-        throttle, limiter, now, paces = self.throttle(), Bucket(3, 3), 0.0, []
-        counts = []
-        for number in range(400):
-            now += throttle.wait(now)
-            ticket = throttle.sent(now)
-            if limiter.take(now) if number < 150 else number % 12:
-                throttle.answered(ticket, now)
-            else:
-                throttle.refused(ticket, now, 429, None)
+        throttle, limiter, paces, counts = self.throttle(), Bucket(3, 3), [], []
+        for now in self.drive(throttle, 400, lambda number, now: (
+                limiter.take(now) if number < 150 else number % 12)):
             paces.append(throttle.pace)
             counts.append(throttle.congestions)
         self.assertAlmostEqual(paces[149], 3.0, delta=0.2)
@@ -2602,15 +2596,9 @@ class TheThrottle(unittest.TestCase):
 
     def test_keeps_its_pace_over_an_idle_hour(self):
         """Time in which nobody asked says nothing about the limit."""
-        throttle, limiter, now, paces = self.throttle(), Bucket(5, 5), 0.0, []
-        for number in range(900):
-            now += throttle.wait(now) + (3600.0 if number == 500 else 0.0)
-            ticket = throttle.sent(now)
-            if limiter.take(now):
-                throttle.answered(ticket, now)
-            else:
-                throttle.refused(ticket, now, 429, None)
-            paces.append(throttle.pace)
+        throttle, limiter = self.throttle(), Bucket(5, 5)
+        paces = [throttle.pace for _ in self.drive(
+            throttle, 900, lambda _, now: limiter.take(now), idle={500: 3600.0})]
         self.assertAlmostEqual(min(paces[500:]) / paces[499], 1.0, delta=0.2)
 
     def test_never_waits_longer_than_max_delay(self):
