@@ -3455,7 +3455,7 @@ class LockedDownPlaces(Hostile):
                     while True: held.append(os.dup(2))
                 except OSError: pass
                 for fd in held[:4]: os.close(fd)
-                prompts = list(map(str, range(60)))
+                prompts = list(map(str, range(24)))
                 texts = [done.text for done in client.map(prompts)]
                 if texts != prompts: sys.exit(repr(texts))
                 for fd in held[4:]: os.close(fd)
