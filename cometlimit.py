@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Ask a chat completions API many questions at once, at the pace its rate limit allows.
+"""Ask a chat completions API many questions at once, at the rate its limit allows.
 
-One file, standard library only, CPython 3.6 or newer: copy it into your project.
+One file, standard library only, CPython 3.6 or newer on POSIX: copy it into your project.
 
     import cometlimit
     print(cometlimit.ask_all(["Say hello.", "Write a title."], model="your-model-id"))
@@ -13,27 +13,30 @@ One file, standard library only, CPython 3.6 or newer: copy it into your project
 What it promises (all times are in seconds):
   * Answers come in the order of the prompts, and none is lost.
   * Never more than max_concurrency requests are in flight, retries included.
-  * The provider's limit is found by itself; one refusal holds everybody back.
-  * What may pass is tried again, never later than max_delay; what cannot pass is not.
+  * The provider's limit is found and kept to; a refusal by chance is not taken for one.
+  * What may pass is tried again, after max_delay at the latest; what cannot pass is not.
   * The key is shown nowhere, redirects are not followed, certificates are verified.
   * Every HTTP attempt leaves a Record; whatever waits can be interrupted.
 
-    Error                       every failure; nothing else is raised
+    Error                       every failure of a prompt
     +-- ConfigurationError      a key, URL, prompt or parameter cannot work: nothing was sent
     +-- APIConnectionError      no whole answer: no connection, TLS, a reset, a cut-off body
     |   +-- APITimeoutError     no whole answer in time
     +-- APIStatusError          a status of failure
     |   +-- RateLimitError      429
     +-- APIResponseError        a 2xx answer that holds no completion
+
+Where things are: errors, values, the client, the loop (turns and attempts), the throttle,
+the wire (urllib's opener and kept connections), reading answers, settings, the command line.
+Version 2.0.0; home, documentation and tests: https://github.com/cometlimit/cometlimit
 """
 import binascii
+import bisect
 import collections
-import concurrent.futures
 import contextlib
 import copy
 import email.utils
 import errno
-import heapq
 import http.client
 import io
 import itertools
@@ -41,57 +44,54 @@ import json
 import logging
 import math
 import os
-import queue
 import random
 import re
 import shlex
 import signal
+import queue
 import socket
 import sys
+import textwrap
 import threading
 import time
 import urllib.parse
+import urllib.request
+import zlib
+from concurrent.futures import Future
+from concurrent.futures.thread import ThreadPoolExecutor  # now: later may lack descriptors
 from typing import Any, Callable, Deque, Dict, Iterable, Iterator, List, NamedTuple, Optional
-from typing import Tuple, Type, Union
+from typing import Set, Tuple, Type, Union
 
 try:
     import ssl
 except ImportError:  # without OpenSSL, http to this machine still works
     ssl = None  # type: ignore[assignment]
 
-__all__ = ["APIConnectionError", "APIResponseError", "APIStatusError", "APITimeoutError", "Client",
-           "Completion", "ConfigurationError", "Error", "Metrics", "RateLimitError", "Record",
-           "Throttle", "ask_all", "backoff", "main"]
-__version__ = "1.0.0"
+__all__ = ["APIConnectionError", "APIResponseError", "APIStatusError", "APITimeoutError",
+           "Client", "Completion", "ConfigurationError", "Error", "Metrics",
+           "RateLimitError", "Record", "Throttle", "ask_all", "backoff", "main"]
+__version__ = "2.0.0"
 
 BASE_URL = "https://api.cometapi.com/v1"
-# CometAPI documents 429, 500, 503, 504 and 524 as passing; the others are their kin at gateways.
-RETRYABLE = frozenset({408, 429, 500, 502, 503, 504, 520, 521, 522, 523, 524, 529})
-# What no repetition cures, whatever the status: CometAPI answers an unknown model with 503 and a
-# malformed request with 500. Compared with both the code and the type of an error.
-PERMANENT = frozenset("""
-    access_denied access_terminated content_filter content_policy_violation
-    context_length_exceeded convert_request_failed count_token_failed credit_balance_exhausted
-    gen_relay_info_failed insufficient_quota insufficient_user_quota invalid_api_key
-    invalid_request invalid_request_error missing_required_parameter model_not_found
-    model_price_error permission_denied pre_consume_token_quota_failed prompt_blocked
-    quota_exceeded sensitive_words_detected unsupported_model""".split())
+# CometAPI documents 429, 500, 503, 504 and 524 as passing, Groq 498; the others are what
+# gateways and Cloudflare answer for the same reasons.
+RETRYABLE = frozenset({408, 429, 498, 500, 502, 503, 504, 520, 521, 522, 523, 524, 529})
 
-_AHEAD = 16             # prompts taken per worker: rides over one slow answer, in bounded memory
-_CONNECT = 15.0         # a host that has not answered a fourth SYN will not answer at all
-_IDLE = 20.0            # a thread without work for so long ends, and closes its connection
-_CLOSING = 0.5          # how long close() waits for threads to end
+_AHEAD = 16             # answers, per request in flight, that map() holds for a slow one
+_CLOSING = 0.5          # seconds that close() waits for requests to be hung up on
+_CONNECT = 15.0         # seconds: a host that has not answered a fourth SYN will not answer
+_LOOK_UP = 15.0         # seconds for a name, which getaddrinfo() may exceed by far
+_AFTER_DONE = 1.0       # seconds for a stream to end after it has said [DONE]
 _MAX_ANSWER = 64 << 20  # bytes; more than any completion, less than the memory
 _MAX_ERROR = 64 << 10   # bytes; a gateway was seen to send an error of 114 MB
-_MAX_DEPTH = 200        # json recurses in C: a hostile answer could overrun a thread's stack
-_CANCELLED = "cancelled"  # the code of the Error of a call that was given up
-_NO_SOCKET = "no_socket"  # the same of one that no descriptor was left for
-_MIN_SECRET = 6         # a shorter key is a placeholder such as "none", which words may contain
+_CANCELLED = "cancelled"    # the code of the Error of a call that was given up
+_CUT_OFF = (408, 504, 524)  # what gateways answer where a request was silent for too long
+_TRUST_ANSWERS = 60.0   # seconds after an answer in which "no money" is not believed at once
 
 _encode = json.JSONEncoder(allow_nan=False).encode
 _log = logging.getLogger("cometlimit").log
 
-Prompt = Union[str, List[Dict[str, Any]]]  # one message of a user, or a conversation
+Prompt = Union[str, List[Dict[str, Any]], Dict[str, Any]]
 
 # Time and chance, which the tests replace.
 _now, _wall, _random, _wait = time.monotonic, time.time, random.random, threading.Condition.wait
@@ -101,39 +101,49 @@ _now, _wall, _random, _wait = time.monotonic, time.time, random.random, threadin
 
 
 class Error(Exception):
-    """Every failure; its text says what happened, in the server's words where there are any."""
+    """Every failure of a prompt. Its text says what happened, in the server's words if any.
 
-    attempts: int = 0                     # how many requests were made for the prompt
-    records: Tuple["Record", ...] = ()    # one for each
-    retryable: bool = False               # whether the same request may pass later
-    retry_after: Optional[float] = None   # seconds the last answer asked to wait
-    status_code: Optional[int] = None     # of the last answer
-    overload: Optional[int] = None        # the status as the throttle is to see it
-    request_id: Optional[str] = None
-    code: Optional[str] = None            # the server's own, where it gave one
-    type: Optional[str] = None
-    param: Optional[str] = None
-    message: Optional[str] = None
-    body: Any = None                      # the last answer's JSON value, or its text
+    attempts     how many requests were made for the prompt
+    records      a Record for each
+    retryable    whether the same request may pass later
+    retry_after  seconds that the last answer asked to wait, or None
+    status_code  of the last answer, or None without one
+    request_id   to quote to the provider, or None
+    code, type, param, message  the server's own words, where it gave any
+    body         the last answer's JSON value, or its text (64 KiB at most)
+    """
+
+    _code: Optional[str] = None
 
     def __init__(self, text: str, **details: Any) -> None:
         super().__init__(text)
+        self.attempts: int = 0
+        self.records: Tuple["Record", ...] = ()
+        self.retryable: bool = False
+        self.retry_after: Optional[float] = None
+        self.status_code: Optional[int] = None
+        self.request_id: Optional[str] = None
+        self.code: Optional[str] = self._code
+        self.type: Optional[str] = None
+        self.param: Optional[str] = None
+        self.message: Optional[str] = None
+        self.body: Any = None
         self.__dict__.update(details)  # which are pickled along
 
 
 class ConfigurationError(Error, ValueError):
     """A key, URL, prompt or parameter that cannot work. Nothing was sent."""
-    code = "invalid_request"
+    _code = "invalid_request"
 
 
 class APIConnectionError(Error):
     """No whole answer: no connection, no TLS, a reset, a cut-off body."""
-    code = "connection_error"
+    _code = "connection_error"
 
 
 class APITimeoutError(APIConnectionError):
     """No whole answer in time. The server may have worked, and charge for it."""
-    code = "timeout"
+    _code = "timeout"
 
 
 class APIStatusError(Error):
@@ -146,7 +156,7 @@ class RateLimitError(APIStatusError):
 
 class APIResponseError(Error):
     """A 2xx answer that is no completion: not JSON, without choices, an error in disguise."""
-    code = "invalid_response"
+    _code = "invalid_response"
 
 
 # Values
@@ -160,11 +170,12 @@ class Record(NamedTuple):
     status: Optional[int]     # None without an answer
     latency: float            # from connecting to the answer's last byte
     attempt: int              # 1 for the first
-    waited: float             # before it, in the line and in backoff
+    waited: float             # before it, for its turn and in backoff
     request_id: Optional[str]
     error: Optional[str]      # a code such as timeout or rate_limit_exceeded
     prompt_tokens: int
     completion_tokens: int
+    tag: Any                  # what submit() was given
 
 
 class Completion(NamedTuple):
@@ -179,100 +190,60 @@ class Completion(NamedTuple):
     body: Dict[str, Any]      # the whole answer
 
 
-class Stats:
-    """What became of the requests for one model on one route."""
-
-    pace: Optional[float] = None  # these belong to one client's present: they do not add up
-    window: Optional[float] = None
-
-    def __init__(self) -> None:
-        self.requests = self.answers = self.retries = 0
-        self.prompt_tokens = self.completion_tokens = 0
-        self.statuses: Dict[Optional[int], int] = collections.Counter()
-        # Answers by latency in steps of 5 %: quantiles of millions in few numbers that add up.
-        self.latencies: Dict[int, int] = collections.Counter()
-
-    def count(self, record: Record) -> None:
-        self.requests += 1
-        self.retries += record.attempt > 1
-        self.statuses[record.status] += 1
-        if record.error is None:
-            self.answers += 1
-            self.latencies[round(math.log(max(record.latency, 1e-6), 1.05))] += 1
-            self.prompt_tokens += record.prompt_tokens
-            self.completion_tokens += record.completion_tokens
-
-    def latency(self, share: float) -> float:
-        """The latency that this share of the answers did not exceed (1.0: the longest), +-2.5 %."""
-        left = share * self.answers - 1e-9
-        for step in sorted(self.latencies):
-            left -= self.latencies[step]
-            if left <= 0.0:
-                return float(1.05 ** step)
-        return 0.0
-
-    def __add__(self, other: "Stats") -> "Stats":
-        total = Stats()
-        for name in vars(total):
-            setattr(total, name, getattr(self, name) + getattr(other, name))
-        return total
-
-
-class Metrics(Dict[Tuple[str, str], Stats]):
-    """Stats by (route, model); two can be added up.
-
-    Stats have requests, answers, retries, statuses (how many of each; None: no answer),
-    prompt_tokens, completion_tokens, latency(share) as latency(0.95), and what the throttle holds
-    to now: pace (requests a second) and window (in flight), None while no limit has been met.
-    """
-
-    def __add__(self, other: "Metrics") -> "Metrics":
-        return Metrics((key, self.get(key, Stats()) + other.get(key, Stats()))
-                       for key in sorted(set(self) | set(other)))
-
-
 # The client
 
 
 class Client:
-    """An endpoint and the manner of calling it: a context manager, safe to use from many threads.
+    """An endpoint and the manner of calling it: a context manager, safe in many threads.
 
-    api_key          else the environment's COMETAPI_KEY
+    api_key          else the environment's COMETAPI_KEY; may be missing over http, or where
+                     headers= has an Authorization or api-key of its own
     base_url         else COMETAPI_BASE_URL, else CometAPI's; https, or http to this machine
     model            for prompts that name none
     max_concurrency  requests in flight at once, retries included
+    max_rate         requests a second that are never exceeded, all models together
     max_retries      attempts after the first
     max_delay        the longest wait between two attempts, whatever Retry-After says
     timeout          for one attempt, from connecting to the last byte
     deadline         for one prompt with all its waits and attempts
-    ca_file          CA certificates (PEM) to trust besides the system's; else REQUESTS_CA_BUNDLE or
-                     CURL_CA_BUNDLE. SSL_CERT_FILE and the *_proxy variables are obeyed too
+    stream           None: ask for a stream where a gateway cuts silent connections off;
+                     True: always; False: never. The Completion is the same
+    check            called with each Completion: if it returns False or raises, the answer
+                     is a failure (code check_failed) that is tried again
+    headers          further HTTP headers, by name
+    ca_file          CA certificates (PEM) to trust besides the system's; else
+                     REQUESTS_CA_BUNDLE or CURL_CA_BUNDLE. SSL_CERT_FILE and the *_proxy
+                     variables are obeyed too
+    allow_http       http:// to any host: the key can be read on its way
     on_record        called with each Record, in the thread that made the attempt
 
-    Leaving the `with` block waits for what was submitted; by an exception, or with close(), it
-    does not. Raises ConfigurationError. Cannot be pickled: make one in each process.
+    Leaving the `with` block waits for what was submitted; by an exception, or with close(),
+    it does not. Raises ConfigurationError. Cannot be pickled: make one in each process.
     """
 
     def __init__(self, *, api_key: Optional[str] = None, base_url: Optional[str] = None,
-                 model: Optional[str] = None, max_concurrency: int = 5, max_retries: int = 4,
+                 model: Optional[str] = None, max_concurrency: int = 5,
+                 max_rate: Optional[float] = None, max_retries: int = 4,
                  max_delay: float = 30.0, timeout: float = 600.0,
-                 deadline: Optional[float] = None, ca_file: Optional[str] = None,
+                 deadline: Optional[float] = None, stream: Optional[bool] = None,
+                 check: Optional[Callable[[Completion], Any]] = None,
+                 headers: Optional[Dict[str, str]] = None, ca_file: Optional[str] = None,
+                 allow_http: bool = False,
                  on_record: Optional[Callable[[Record], Any]] = None) -> None:
-        for name, count, least in (("max_concurrency", max_concurrency, 1),
-                                   ("max_retries", max_retries, 0)):
-            if type(count) is not int or count < least:
-                raise ConfigurationError("%s is a whole number from %d, not %r"
-                                         % (name, least, count))
-        for name, span in (("max_delay", max_delay), ("timeout", timeout),
-                           ("deadline", 1.0 if deadline is None else deadline)):
-            if type(span) not in (int, float) or not 0 < span < threading.TIMEOUT_MAX:
-                raise ConfigurationError("%s is a number of seconds above 0, not %r" % (name, span))
-        if on_record is not None and not callable(on_record):
-            raise ConfigurationError("on_record is a function of a Record, not %r" % (on_record,))
-        self.model, self.max_concurrency, self.max_retries = model, max_concurrency, max_retries
-        self.max_delay, self.timeout, self.deadline = max_delay, timeout, deadline
-        self.on_record = on_record
-        self._endpoint = _Endpoint(_key(api_key), base_url, ca_file)
+        _check_numbers(max_concurrency=max_concurrency, max_rate=max_rate,
+                       max_retries=max_retries, max_delay=max_delay, timeout=timeout,
+                       deadline=deadline)
+        for name, function in (("check", check), ("on_record", on_record)):
+            if function is not None and not callable(function):
+                raise ConfigurationError("%s is a function, not %r" % (name, function))
+        if stream not in (None, True, False):
+            raise ConfigurationError("stream is None, True or False, not %r" % (stream,))
+        self.model, self.max_concurrency, self.max_rate = model, max_concurrency, max_rate
+        self.max_retries, self.max_delay = max_retries, max_delay
+        self.timeout, self.deadline, self.stream = timeout, deadline, stream
+        self.check, self.on_record = check, on_record
+        self._endpoint = _Endpoint(api_key, base_url, headers, ca_file, allow_http)
+        self.base_url = self._endpoint.base_url
         self._pools: Dict[int, _Pool] = {}
 
     def ask(self, prompt: Prompt, **params: Any) -> str:
@@ -280,54 +251,61 @@ class Client:
         return self.complete(prompt, **params).text
 
     def complete(self, prompt: Prompt, **params: Any) -> Completion:
-        """The answer to a prompt: a string (one user message) or a list of messages.
+        """The answer to a prompt: a string (one user message), a list of messages, or a dict
+        of body fields with "messages".
 
-        `params` go into the request's body untouched: model=, temperature=, max_tokens= ...
+        `params` go into the request's body untouched: model=, temperature=, max_tokens= ...;
+        the fields of a dict win over them.
         """
         self._pool.refuse_own_thread()
-        call = self.submit(prompt, **params)
+        future = self.submit(prompt, **params)
         try:
-            done: Completion = call.result()
+            done: Completion = future.result()
             return done
         finally:
-            self._pool.drop([call])  # after Ctrl-C: what nobody waits for is not sent again
+            future.cancel()  # after Ctrl-C: nobody waits for it any more
 
-    def submit(self, prompt: Prompt, **params: Any) -> "_Call":
-        """complete() as a concurrent.futures.Future; it can be cancelled until it is sent."""
-        call = self._call(prompt, **params)
-        self._pool.submit(call)
-        return call
+    def submit(self, prompt: Prompt, *, tag: Any = None, **params: Any) -> Future:
+        """complete() as a concurrent.futures.Future; `tag` goes into the call's Records.
+
+        cancel() works until the outcome is there: a request in flight is hung up on.
+        """
+        model, payload = _payload(prompt, dict({"model": self.model}, **params))
+        return self._pool.submit(model, payload, tag)
 
     def map(self, prompts: Iterable[Prompt], *, return_exceptions: bool = False,
             **params: Any) -> Iterator[Any]:
         """The Completions of many prompts, lazily and in their order; they may be endless.
 
-        A prompt that fails raises its Error in its turn or, with return_exceptions, yields it.
-        Prompts are taken ahead: as many wait as are in flight, and up to 16 x max_concurrency
-        answers for a slow one before them. Leaving the loop early cancels what was not sent, and
-        hangs up on what was.
+        A prompt that fails raises its Error in its turn or, with return_exceptions, yields
+        it. At most 2 x max_concurrency prompts without an outcome are taken ahead, and
+        16 x max_concurrency outcomes are held for a slow one before them. Leaving the loop
+        early cancels what was not sent, and hangs up on what was.
         """
         self._pool.refuse_own_thread()
-        ahead: Deque[_Call] = collections.deque()
-        room = threading.Semaphore(2 * self.max_concurrency - 1)  # or retries would wait for all
+        ahead: Deque[Future] = collections.deque()
+        room = threading.Semaphore(2 * self.max_concurrency - 1)
         try:
-            for call in self._calls(prompts, params):
-                ahead.append(call)
-                call.add_done_callback(lambda _: room.release())
-                if not call.done():
-                    self._pool.submit(call)
+            for future in self._futures(prompts, params):
+                ahead.append(future)
+                future.add_done_callback(lambda _: room.release())
                 room.acquire()
-                yield from _first(ahead, _AHEAD * self.max_concurrency, return_exceptions)
-            yield from _first(ahead, 1, return_exceptions)
+                yield from _outcomes(ahead, _AHEAD * self.max_concurrency, return_exceptions)
+            yield from _outcomes(ahead, 1, return_exceptions)
         finally:
-            self._pool.drop(ahead)
+            for future in ahead:
+                future.cancel()
 
     @property
-    def metrics(self) -> Metrics:
+    def metrics(self) -> "Metrics":
         """What became of the requests so far."""
         pool = self._pool
         with pool.lock:
-            return copy.deepcopy(pool.stats)
+            return copy.deepcopy(pool.metrics)
+
+    def stop(self) -> None:
+        """Send nothing more: what waits fails with an Error, what is in flight comes back."""
+        self._pool.stop("the client was stopped")
 
     def close(self) -> None:
         """End at once: what waits fails with an Error, what is in flight is hung up on."""
@@ -344,41 +322,56 @@ class Client:
             self.close()
 
     def __repr__(self) -> str:
-        return "<cometlimit.Client %s model=%r>" % (self._endpoint.url, self.model)
+        return "<cometlimit.Client %s model=%r>" % (self.base_url, self.model)
 
     def __reduce__(self) -> Any:
         raise TypeError("a Client holds a key and connections: make one in each process")
 
     @property
-    def _pool(self) -> "_Pool":  # one a process: threads, locks and connections do not survive fork
+    def _pool(self) -> "_Pool":  # threads, locks and connections do not survive a fork
         pid = os.getpid()
         return self._pools.get(pid) or self._pools.setdefault(pid, _Pool(self))
 
-    def _call(self, prompt: Prompt, **params: Any) -> "_Call":
-        model, payload = _payload(prompt, **dict({"model": self.model}, **params))
-        return _Call(self._pool, model, payload, _now() + (self.deadline or math.inf))
-
-    def _calls(self, prompts: Iterable[Prompt], params: Dict[str, Any]) -> "Iterator[_Call]":
-        """A call for each prompt; what is wrong with one, or ends them, fails in turn."""
-        if isinstance(prompts, (str, bytes)):
+    def _futures(self, prompts: Iterable[Prompt], params: Dict[str, Any]) -> Iterator[Future]:
+        """A Future for each prompt. A bad prompt's fails; so does a last one if the source
+        of the prompts raises."""
+        if isinstance(prompts, (str, bytes, dict)):
             raise ConfigurationError(
                 "prompts is a list of prompts; for a single one there is ask()")
         source = iter(prompts)
         while True:
             try:
-                yield self._call(next(source), **params)
+                yield self.submit(next(source), **params)
             except StopIteration:
                 return
             except Exception as fault:
-                failed = _Call(self._pool)
+                failed: Future = Future()
                 failed.set_exception(fault)
                 yield failed
                 if not isinstance(fault, Error):
                     return
 
 
-def _first(ahead: "Deque[_Call]", most: int, return_exceptions: bool) -> Iterator[Any]:
-    """The outcomes that are there in their order, and, waited for, all that make it `most`."""
+def ask_all(prompts: Iterable[Prompt], *, return_exceptions: bool = False,
+            **options_and_params: Any) -> List[Any]:
+    """The texts of the answers, in the prompts' order.
+
+    Client's options are taken by their names; all else goes into the requests' bodies.
+    Raises the first Error or, with return_exceptions, has it in the place of a text.
+    """
+    options = {name: options_and_params.pop(name)
+               for name in _OPTIONS & set(options_and_params)}
+    with Client(**options) as client:
+        done = client.map(prompts, return_exceptions=return_exceptions, **options_and_params)
+        return [one if isinstance(one, Error) else one.text for one in done]
+
+
+_OPTIONS = frozenset(Client.__init__.__kwdefaults__ or ())
+_RESERVED = (_OPTIONS - {"model"}) | {"stream_options"}  # which no body may have
+
+
+def _outcomes(ahead: "Deque[Future]", most: int, return_exceptions: bool) -> Iterator[Any]:
+    """The first outcomes as far as they are there; waits while `most` or more are ahead."""
     while ahead and (ahead[0].done() or len(ahead) >= most):
         error = ahead[0].exception()
         if error is not None and not (return_exceptions and isinstance(error, Error)):
@@ -387,61 +380,276 @@ def _first(ahead: "Deque[_Call]", most: int, return_exceptions: bool) -> Iterato
         ahead.popleft()
 
 
-def _payload(prompt: Prompt, **params: Any) -> Tuple[str, bytes]:
-    """The model and the body of a request. Raises ConfigurationError."""
-    if isinstance(prompt, str):
-        prompt = [{"role": "user", "content": prompt}]
-    if not (prompt and isinstance(prompt, (list, tuple))
-            and all(isinstance(message, dict) for message in prompt)):
-        raise ConfigurationError("a prompt is a string or a list of messages (dicts), not %s"
-                                 % type(prompt).__name__)
-    model = params.get("model")
-    if not isinstance(model, str) or not model:
-        raise ConfigurationError('no model is named: Client(model="your-model-id")')
-    if params.get("stream"):
-        raise ConfigurationError("stream cannot be used: answers come whole")
-    try:
-        return model, _encode(dict({"messages": prompt}, **params)).encode()
-    except (TypeError, ValueError, RecursionError) as fault:
-        raise ConfigurationError("the request cannot be made JSON: %s" % fault) from None
+# The loop
 
 
-def ask_all(prompts: Iterable[Prompt], **client_options: Any) -> List[str]:
-    """The texts of the answers, in the prompts' order. Takes Client's options; raises Error."""
-    with Client(**client_options) as client:
-        return [done.text for done in client.map(prompts)]
+class _Call:
+    """One prompt on its way to its outcome, with what its attempts came to so far."""
 
-
-class _Call(concurrent.futures.Future):
-    """One prompt on its way: a Future of its Completion, and what came of it so far."""
-
-    def __init__(self, pool: "_Pool", model: str = "", payload: bytes = b"",
-                 expires: float = math.inf) -> None:
-        super().__init__()
-        self.pool, self.model, self.payload, self.expires = pool, model, payload, expires
+    def __init__(self, pool: "_Pool", model: "_Model", payload: bytes, tag: Any) -> None:
+        self.model, self.payload, self.tag = model, payload, tag
+        self.future: Any = Future()     # pending to the end, so that it can be cancelled
+        self.expires = _now() + (pool.client.deadline or math.inf)
+        self.changed = threading.Condition(pool.lock)  # its turn has come, or it was given up
+        self.given_up = ""                        # why
+        self.since = _now()                       # when it began to wait
+        self.place = (0, 0)                       # its place among those that wait
+        self.ticket: Any = None                   # the throttle's, while in flight
+        self.request: Optional[_Request] = None   # the last one
+        self.sent = 0                             # its number among the model's requests
+        self.refused = math.inf                   # that number of the last refusal
+        self.attempts = 0
         self.records: Tuple[Record, ...] = ()
-        self.error: Optional[Error] = None  # of the last attempt
-        self.since = _now()                 # when it began to wait
-        self.ticket: Any = None             # the throttle's, while in flight
+        self.stream = False                       # it was cut off: it asks for a stream
 
-    def cancel(self) -> bool:
-        cancelled = super().cancel()
-        if cancelled:  # its turn may come late: nobody is to wait for that
-            self.pool.drop([self])
-        return cancelled
-
-    def hand_over(self, outcome: Union[Completion, Error]) -> None:
-        """Runs callbacks, so never with a lock held."""
-        finish: Callable[[Any], None] = self.set_result
+    def finish(self, outcome: Union[Completion, Error]) -> None:
+        """Hand the outcome over. This runs callbacks: never with the lock held."""
+        finish: Callable[[Any], None] = self.future.set_result
         if isinstance(outcome, Error):
-            finish, outcome.records = self.set_exception, self.records
-            outcome.attempts = len(self.records) + (self.ticket is not None)
-        if self.running() or self.set_running_or_notify_cancel():
+            outcome.attempts, outcome.records = self.attempts, self.records
+            finish = self.future.set_exception
+        if self.future.set_running_or_notify_cancel():
             _run("a callback", finish, outcome)
 
 
+class _Model:
+    """What is known of one model, and its calls that wait for their turn."""
+
+    def __init__(self, name: str, client: Client) -> None:
+        self.name = name
+        # An executor each: calls of a model that is held back hold no thread of another.
+        # Twice as many threads as places, since a call in backoff holds a thread as well.
+        self.executor = ThreadPoolExecutor(2 * client.max_concurrency, "cometlimit")
+        self.has_threads = False
+        self.throttle = Throttle(client.max_delay, _random)
+        self.waiting: List[Tuple[Tuple[int, int], _Call]] = []  # in order of their places
+        self.sent = self.answered = 0       # requests, and the latest of them with an answer
+        self.answered_at = -math.inf        # when that came
+        self.stream: Optional[bool] = None  # True: it needs streams; False: it has none
+        self.stream_options = True          # False: it refuses this field
+
+
+class _Pool:
+    """What the calls of one process share. `lock` guards all of it, and the gate: nothing
+    is sent and no callback runs while it is held."""
+
+    def __init__(self, client: Client) -> None:
+        self.client, self.endpoint = client, client._endpoint
+        self.connections = _KeepAliveHandler(self.endpoint)
+        self.opener = urllib.request.OpenerDirector()
+        self.opener.add_handler(self.connections)
+        self.lock = threading.Lock()
+        self.ended = threading.Condition(self.lock)  # a call has its outcome
+        self.calls: Dict[_Call, None] = {}           # those without
+        self.models: Dict[str, _Model] = {}
+        self.gate = _Gate(client, self.lock, self.models)
+        self.metrics = Metrics()
+        self.workers: Set[int] = set()               # threads that carry a call
+        self.stopped = ""                            # why nothing more is sent
+
+    def submit(self, name: str, payload: bytes, tag: Any) -> Future:
+        with self.lock:
+            if self.stopped:
+                raise ConfigurationError("%s: make a new one" % self.stopped)
+            model = self.models.get(name) or self.models.setdefault(
+                name, _Model(name, self.client))
+            call = _Call(self, model, payload, tag)
+            self.gate.number(call)
+            self.calls[call] = None
+        call.future.add_done_callback(lambda future: self.give_up(
+            [call], "nobody waits for it any more") if future.cancelled() else None)
+        try:
+            model.executor.submit(self._carry, call)
+            model.has_threads = True
+        except RuntimeError as fault:
+            if not (model.has_threads and "new thread" in str(fault)):
+                self.give_up([call], "no thread can be started to send it: %s" % fault)
+                self.calls.pop(call, None)
+                raise Error(call.given_up, code="no_thread") from None
+        return call.future  # where no more threads can be started, one there is takes it
+
+    def _carry(self, call: _Call) -> None:
+        """The backoff loop: it carries a call from its first turn to its outcome.
+
+        It waits for a turn, makes one attempt, learns from it, decides, backs off, again.
+        """
+        outcome: Union[Completion, Error, None] = None
+        self.workers.add(threading.get_ident())
+        while self.gate.turn(call):
+            verdict = self._attempt(call)
+            self._learn(call, verdict)
+            outcome, pause = verdict.outcome, self._decide(call, verdict)
+            if pause is None:
+                break
+            _tell(logging.INFO, "model %s: attempt %d of %d: %s; next in %.1f s",
+                  call.model.name, call.attempts, self.client.max_retries + 1, outcome, pause)
+            self.gate.back_off(call, pause)
+        if call.given_up and not isinstance(outcome, Completion):
+            outcome = Error("given up: " + call.given_up, code=_CANCELLED)
+        call.finish(outcome or APITimeoutError("not sent before its deadline"))
+        call.future = call.request = None  # which refer to the call: they may go at once
+        with self.lock:
+            self.workers.discard(threading.get_ident())
+            self.calls.pop(call, None)
+            self.ended.notify_all()
+
+    def _decide(self, call: _Call, verdict: "_Verdict") -> Optional[float]:
+        """Seconds until the call's next attempt, at most max_delay; None: the outcome stands."""
+        error, client, now = verdict.outcome, self.client, _now()
+        if not isinstance(error, Error) or call.given_up or self.stopped:
+            return None
+        left, tries = client.max_retries + 1 - call.attempts, verdict.tries
+        if self._adapt(call, error) and left > 0:
+            return 0.0
+        if _speaks_of_money(error) and now < call.model.answered_at + _TRUST_ANSWERS:
+            tries = math.inf  # some throttles say so for a second or two
+        wish = error.retry_after or 0.0
+        if wish > max(1, left) * client.max_delay:
+            back = time.strftime("%H:%M", time.localtime(_wall() + wish))
+            error.args = ("%s; come back at %s" % (error, back),)
+            return None
+        pause = backoff(call.attempts, wish, client.max_delay, _random)
+        again = left > 0 and call.attempts < tries and now + pause < call.expires
+        return pause if again else None
+
+    def _adapt(self, call: _Call, error: Error) -> bool:
+        """Choose the form of the next attempt; whether it may leave at once.
+
+        A gateway cuts off what is silent for 100 s or so: the same request would never
+        pass, a stream does. Some servers know no streams, or not their options.
+        """
+        model, free = call.model, self.client.stream is None
+        streamed = call.request is not None and call.request.stream
+        if error.status_code in _CUT_OFF or error.code == "timeout":
+            call.stream = free and model.stream is not False
+        elif streamed and error.status_code in (400, 422):
+            if model.stream_options and re.search("stream_options|include_usage", str(error)):
+                model.stream_options = False
+                return True
+            if free and "stream" in str(error):
+                call.stream = model.stream = False
+                return True
+        return False
+
+    def _attempt(self, call: _Call) -> "_Verdict":
+        """One HTTP exchange, whatever comes of it, and its Record."""
+        client, model, endpoint = self.client, call.model, self.endpoint
+        stream = client.stream if client.stream is not None else call.stream or model.stream
+        request = _Request(endpoint, call.payload, bool(stream), model.stream_options)
+        request.sent_again = lambda fault: self._record(
+            call, request, _translate(fault, request, endpoint).outcome)
+        with self.lock:
+            call.attempts += 1
+            call.request, request.cut = request, bool(call.given_up)
+        try:
+            answer = _fetch(self.opener, request,
+                            min(client.timeout, call.expires - request.began))
+            verdict = _understand(answer, endpoint.hide, endpoint.url)
+            if request.fault is not None and isinstance(verdict.outcome, Error):
+                raise request.fault
+        except Exception as fault:  # whatever it is, somebody waits for the outcome
+            verdict = _translate(fault, request, endpoint)
+        if isinstance(verdict.outcome, Completion):
+            verdict = self._check(verdict.outcome._replace(
+                attempts=call.attempts, latency=_now() - request.began))
+        self._record(call, request, verdict.outcome)
+        return verdict
+
+    def _check(self, completion: Completion) -> "_Verdict":
+        """What the caller's own check makes of an answer."""
+        try:
+            if self.client.check is None or self.client.check(completion) is not False:
+                return _Verdict(completion)
+            why = "it returned False"
+        except Exception as fault:
+            why = "%s: %s" % (type(fault).__name__, fault)
+        return _Verdict(APIResponseError(
+            "the answer did not pass the check: " + why, code="check_failed", status_code=200,
+            retryable=True, request_id=completion.request_id, body=completion.body), math.inf)
+
+    def _record(self, call: _Call, request: "_Request",
+                outcome: Union[Completion, Error]) -> None:
+        code = _code(outcome) if isinstance(outcome, Error) else None
+        usage = outcome.body.get("usage") if isinstance(outcome.body, dict) else None
+        tokens = [count if isinstance(count, int) else 0 for count in map(
+            (usage if isinstance(usage, dict) else {}).get,
+            ("prompt_tokens", "completion_tokens"))]
+        record = Record(request.wall, self.endpoint.route, call.model.name, request.status,
+                        _now() - request.began, call.attempts, request.began - call.since,
+                        outcome.request_id, code, tokens[0], tokens[1], call.tag)
+        with self.lock:
+            call.records += (record,)
+            key = record.route, record.model
+            self.metrics.setdefault(key, Stats()).count(record, outcome)
+        _tell(logging.DEBUG, "%r", record)
+        if self.client.on_record is not None:
+            _run("on_record", self.client.on_record, record)
+
+    def _learn(self, call: _Call, verdict: "_Verdict") -> None:
+        """Free the place in flight, and tell the throttle what the attempt came to."""
+        model, outcome, load = call.model, verdict.outcome, verdict.load
+        throttle, known = model.throttle, model.throttle.congestions
+        with self.lock:
+            now = _now()
+            if isinstance(outcome, Completion):
+                model.answered, model.answered_at = max(model.answered, call.sent), now
+                if call.stream:
+                    model.stream = True  # it has shown that it needs them
+            # Refused again, although later requests were answered: that is the prompt's
+            # own fault, and says nothing about load.
+            if load is None or call.given_up or call.refused < model.answered:
+                throttle.answered(call.ticket, now)
+            else:
+                throttle.refused(call.ticket, now, load, getattr(outcome, "retry_after", None))
+            call.refused = call.refused if load is None else call.sent
+            stats = self.metrics[self.endpoint.route, model.name]
+            stats.rate, stats.window = throttle.rate, throttle.window
+            stats.chance = throttle.chance
+            self.gate.leave(call)
+        if throttle.congestions > known:
+            _tell(logging.INFO, "model %s: limit met: rate %s/s, window %s, a pause of %.1f s",
+                  model.name, throttle.rate and round(throttle.rate, 3), throttle.window,
+                  max(0.0, throttle.until - now))
+
+    def refuse_own_thread(self) -> None:
+        if threading.get_ident() in self.workers:
+            raise ConfigurationError("a callback would wait for itself here: use submit()")
+
+    def give_up(self, calls: Iterable[_Call], why: str) -> None:
+        """End calls: what waits fails, what is in flight is hung up on."""
+        with self.lock:
+            for call in calls:
+                if call in self.calls and not call.given_up:
+                    call.given_up = why
+                    call.changed.notify()
+                    if call.ticket is not None and call.request is not None:
+                        call.request.hang_up()
+
+    def stop(self, why: str) -> None:
+        with self.lock:
+            self.stopped = self.stopped or why
+            waiting = [call for call in self.calls if call.ticket is None]
+        self.give_up(waiting, why)
+
+    def join(self) -> None:
+        """Wait until every call has its outcome and its callbacks have run."""
+        with self.lock:
+            while self.calls:
+                self.ended.wait()
+
+    def close(self) -> None:
+        self.stop("the client was closed")
+        self.give_up(list(self.calls), "the client was closed")
+        for model in list(self.models.values()):
+            model.executor.shutdown(wait=False)
+        if threading.get_ident() not in self.workers:
+            with self.lock:
+                self.ended.wait_for(lambda: not self.calls, _CLOSING)
+        self.connections.close()
+
+
 def _run(name: str, function: Callable[..., Any], value: Any) -> None:
-    """Call what others wrote: if it fails, or exits, that must not cost an answer or a thread."""
+    """Call what others wrote: if it fails, or exits, that must not cost an answer."""
     try:
         function(value)
     except BaseException:
@@ -455,224 +663,109 @@ def _tell(level: int, *words: Any, **options: Any) -> None:
         pass
 
 
-class _Pool:
-    """The calls that wait, and the threads that carry them.
+# The gate
 
-    A thread takes the call whose turn it is, makes one attempt and settles what came of it. A call
-    that is to be tried again holds no thread: it goes to the back of its line, and is due after
-    its backoff. `lock` guards everything here; nothing is sent and no user's code runs while it is
-    held. Only the thread that holds `front` looks out for the next call: were all to wake for each
-    request that may leave, they would do little else.
+
+class _Gate:
+    """Whose turn it is: at most max_concurrency requests are in flight, each model's throttle
+    and max_rate are kept, and who came first goes first.
+
+    Every method is called with the pool's lock held, or takes it. Of the calls that wait
+    one, the watcher, looks at the clock: to wake them all for each request that may leave
+    would cost more than the requests.
     """
 
-    def __init__(self, client: Client) -> None:
-        self.client, self.endpoint = client, client._endpoint
-        self.front, self.lock = threading.Lock(), threading.Lock()
-        self.changed = threading.Condition(self.lock)  # for that thread: there may be a call
-        self.ended = threading.Condition(self.lock)    # for join(): there may be none left
-        # Those without an outcome, the first to expire first: who takes one out, hands it over.
-        self.calls: Dict[_Call, None] = collections.OrderedDict()
-        # Those that wait, by model: heaps by when they came, or their backoff ends.
-        self.lines: Dict[str, List[Tuple[float, int, _Call]]] = collections.defaultdict(list)
-        self.throttles: Dict[str, Throttle] = collections.defaultdict(
-            lambda: Throttle(client.max_delay, _random))
-        self.turns = itertools.count()  # so that calls need not be compared
-        self.stats = Metrics()
-        self.wires: List[_Wire] = []    # one for each thread
-        self.closed = self.asleep = False  # threads are to end, for ever or until a call comes
+    def __init__(self, client: Client, lock: threading.Lock, models: Dict[str, _Model]) -> None:
+        self.client, self.lock, self.models = client, lock, models
+        self.numbers = itertools.count()
+        self.entered = self.in_flight = 0  # the last new call that came here
+        self.next_at = 0.0                 # nothing leaves before, for max_rate
+        self.watcher: Optional[_Call] = None
+        self.wakes_at = math.inf           # when the watcher looks again
 
-    def submit(self, call: _Call) -> None:
+    def number(self, call: _Call) -> None:
+        """Give a new call its place, behind all others."""
+        call.place = (next(self.numbers), 0)
+
+    def turn(self, call: _Call) -> bool:
+        """Wait until the call may be sent; False when it may not be any more."""
+        waiting, entry = call.model.waiting, (call.place, call)
         with self.lock:
-            if self.closed:
-                raise ConfigurationError("the client is closed: make a new one")
-            if len(self.wires) < self.client.max_concurrency and (
-                    sum(wire.call is None for wire in self.wires)
-                    <= sum(map(len, self.lines.values()))):  # more wait than are free
-                self._hire()
-            self.asleep = False
-            self.calls[call] = None
-            heapq.heappush(self.lines[call.model], (call.since, next(self.turns), call))
-            self.changed.notify()
-
-    def refuse_own_thread(self) -> None:
-        if any(wire.thread is threading.current_thread() for wire in self.wires):
-            raise ConfigurationError("a callback would wait for itself here: use submit()")
-
-    def drop(self, calls: Iterable[_Call], why: str = "nobody waited for it any more") -> None:
-        """End calls at once: what waits is not sent, what is in flight is hung up on."""
-        with self.lock:
-            dropped = {call for call in calls if call in self.calls}
-            for call in dropped:
-                del self.calls[call]
-            for wire in self.wires:
-                if wire.call in dropped:
-                    wire.hang_up()
-            self.ended.notify_all()
-        for call in dropped:
-            call.hand_over(Error("given up: " + why, code=_CANCELLED))
-
-    def join(self) -> None:
-        """Wait until every call is over and its callbacks have run."""
-        with self.lock:
-            while self.calls or any(wire.call and not wire.cut for wire in self.wires):
-                self.ended.wait()
-
-    def close(self) -> None:
-        with self.lock:
-            self.closed = True
-            calls, wires = list(self.calls), list(self.wires)
-            self.changed.notify_all()
-        self.drop(calls, "the client was closed")
-        end = time.monotonic() + _CLOSING
-        for wire in wires:
-            if wire.thread is not threading.current_thread():
-                wire.thread.join(max(0.0, end - time.monotonic()))
-
-    def _hire(self) -> None:
-        wire = _Wire(self.endpoint)
-        wire.thread = threading.Thread(  # a daemon: the interpreter's end does not wait for a read
-            target=self._work, args=(wire,), name="cometlimit", daemon=True)
-        try:
-            wire.thread.start()
-            self.wires.append(wire)
-        except RuntimeError as fault:  # the system's limit, or the interpreter is ending
-            if not self.wires:
-                raise Error("no thread can be started to send requests: %s" % fault) from None
-
-    def _work(self, wire: "_Wire") -> None:
-        for call in iter(lambda: self._take(wire), None):
+            self.entered = max(self.entered, call.place[0])
+            bisect.insort(waiting, entry)
+            while call.ticket is None and not call.given_up and _now() < call.expires:
+                due = self._admit()
+                if call.ticket is None:
+                    self._await(call, due)
             if call.ticket is None:
-                call.hand_over(call.error or APITimeoutError("not sent before its deadline"))
-            else:
-                self._settle(call, *self._attempt(wire, call))
-        wire.close()
+                waiting.remove(entry)
+            if self.watcher is call:
+                self.watcher, self.wakes_at = None, math.inf
+                self._look()
+            return call.ticket is not None
 
-    def _take(self, wire: "_Wire") -> Optional[_Call]:
-        """The call whose turn it is, as soon as it may be sent; None when the thread is to end."""
+    def leave(self, call: _Call) -> None:
+        """Its attempt has ended. If it comes again it follows those that wait already."""
+        call.ticket, call.since = None, _now()
+        call.place = (self.entered, next(self.numbers))
+        self.in_flight -= 1
+        self._look()
+
+    def back_off(self, call: _Call, pause: float) -> None:
+        due = _now() + pause
         with self.lock:
-            wire.call = None
-            if not self.calls:
-                self.ended.notify_all()
-            elif wire.starved and any(other.sock for other in self.wires):
-                self.ended.wait(_IDLE)  # not end: 3.6 could not, without a descriptor
-        with self.front, self.lock:
-            call = self._look()
-            if call is None:
-                self.wires.remove(wire)
-                return None
-            return wire.begin(call)
+            while not call.given_up and _now() < due:
+                _wait(call.changed, due - _now())
 
-    def _look(self) -> Optional[_Call]:
-        """The next call to be sent or, without a ticket, whose deadline has passed in the line."""
-        while not (self.closed or self.asleep):
-            now = _now()
-            call, due = self._next(now)
-            if call is None:
-                if due < math.inf:
-                    _wait(self.changed, due - now)
-                elif not self.changed.wait(_IDLE):
-                    self.asleep = not self.calls
-            elif not (call.running() or call.set_running_or_notify_cancel()):
-                del self.calls[call]  # cancelled
-            elif call.expires <= now:
-                del self.calls[call]
-                return call
-            else:
-                call.ticket = self.throttles[call.model].sent(now)
-                return call
-        return None
+    def _admit(self) -> float:
+        """Give every turn that is due. Returns the seconds until the next may be; math.inf:
+        not before an attempt has ended."""
+        while self.in_flight < self.client.max_concurrency:
+            now, first, due = _now(), None, math.inf
+            for model in self.models.values():
+                if model.waiting:
+                    wait = max(model.throttle.wait(now), self.next_at - now)
+                    if wait > 0.0:
+                        due = min(due, wait)
+                    elif first is None or model.waiting[0] < first.waiting[0]:
+                        first = model
+            if first is None:
+                return due
+            self._send(first.waiting.pop(0)[1], now)
+        return math.inf
 
-    def _next(self, now: float) -> Tuple[Optional[_Call], float]:
-        """The call whose turn it is, else None and when to look again.
+    def _send(self, call: _Call, now: float) -> None:
+        model = call.model
+        model.sent += 1
+        call.sent, call.ticket = model.sent, model.throttle.sent(now)
+        self.in_flight += 1
+        if self.client.max_rate is not None:
+            self.next_at = now + 1 / self.client.max_rate
+        call.changed.notify()
 
-        First come, first served, whatever the model. One whose deadline has passed comes at once.
-        """
-        first, due = None, math.inf
-        for model, line in self.lines.items():
-            while line and line[0][2] not in self.calls:
-                heapq.heappop(line)
-            if line:
-                leaves = max(line[0][0], now + self.throttles[model].wait(now))
-                if leaves > now:
-                    due = min(due, leaves)
-                elif first is None or line[0] < first[0]:
-                    first = line
-        if self.client.deadline:  # all have the same: the oldest is the first to overrun it
-            oldest = next((call for call in self.calls if call.ticket is None), None)
-            if oldest and oldest.expires <= now:
-                return oldest, due
-            due = min(due, oldest.expires if oldest else due)
-        return heapq.heappop(first)[2] if first else None, due
-
-    def _attempt(self, wire: "_Wire", call: _Call) -> Tuple[Union[Completion, Error], Record]:
-        """One HTTP exchange, whatever comes of it, and its Record."""
-        began, wall, number = _now(), _wall(), len(call.records) + 1
-        status: Optional[int] = None
-        outcome: Any
-        try:
-            answer = wire.post(call.payload, min(began + self.client.timeout, call.expires))
-            status, outcome = answer.status, _understand(answer, self.endpoint.key)
-        except Exception as fault:  # whatever it is, somebody waits for the outcome
-            outcome = _translate(fault, wire.connected, self.endpoint.key)
-        latency, code, usage = _now() - began, None, {}
-        if isinstance(outcome, Error):
-            code = _code(outcome)
+    def _await(self, call: _Call, due: float) -> None:
+        """Wait to be woken or, as the watcher, until something is due."""
+        now = _now()
+        seconds = call.expires - now
+        if self.watcher in (None, call):
+            self.watcher, self.wakes_at = call, now + due
+            seconds = min(seconds, due)
+        elif now + due < self.wakes_at:
+            self.watcher.changed.notify()
+        if seconds < math.inf:
+            _wait(call.changed, seconds)
         else:
-            outcome, usage = outcome._replace(attempts=number, latency=latency), outcome.usage
-        tokens = (count if isinstance(count, int) else 0 for count in map(
-            usage.get, ("prompt_tokens", "completion_tokens")))
-        record = Record(wall, self.endpoint.route, call.model, status, latency, number,
-                        began - call.since, outcome.request_id, code, *tokens)
-        wire.starved = code == _NO_SOCKET
-        _tell(logging.DEBUG, "%r", record)
-        if self.client.on_record is not None:
-            _run("on_record", self.client.on_record, record)
-        return outcome, record
+            call.changed.wait()
 
-    def _settle(self, call: _Call, outcome: Union[Completion, Error], record: Record) -> None:
-        """Learn from an attempt, and have the call tried again or end it: the one that decides."""
-        error = outcome if isinstance(outcome, Error) else None
-        pause = backoff(record.attempt, error.retry_after if error else None,
-                        self.client.max_delay, _random)
-        with self.lock:
-            now, throttle = _now(), self.throttles[call.model]
-            met = self._learn(call, error, record, now)
-            if call not in self.calls:  # given up meanwhile
-                return
-            call.records, call.error = call.records + (record,), error
-            call.since, call.ticket = now, None
-            again = (error is not None and error.retryable and now + pause < call.expires
-                     and record.attempt <= self.client.max_retries)
-            if again:
-                heapq.heappush(self.lines[call.model], (now + pause, next(self.turns), call))
-                self.changed.notify()
-            else:
-                del self.calls[call]
-        if met:
-            _tell(logging.INFO, "model %s: limit met: pace %s/s, window %s, a pause of %.1f s",
-                  call.model, throttle.pace and round(throttle.pace, 3), throttle.window,
-                  max(0.0, throttle.until - now))
-        if again:
-            _tell(logging.INFO, "model %s: attempt %d of %d: %s; next in %.1f s", call.model,
-                  record.attempt, self.client.max_retries + 1, error, pause)
-        else:
-            call.hand_over(outcome)
-
-    def _learn(self, call: _Call, error: Optional[Error], record: Record, now: float) -> bool:
-        """Tell throttle, metrics and the thread in front. Whether a limit was met."""
-        throttle = self.throttles[call.model]
-        known = throttle.congestions
-        if error is None or error.overload is None or call not in self.calls:
-            throttle.answered(call.ticket, now)
-        else:
-            throttle.refused(call.ticket, now, error.overload, error.retry_after)
-        key = record.route, call.model
-        stats = self.stats.get(key) or self.stats.setdefault(key, Stats())
-        stats.count(record)
-        stats.pace, stats.window = throttle.pace, throttle.window
-        if any(self.lines.values()):  # something may leave now
-            self.changed.notify()
-        return throttle.congestions > known
+    def _look(self) -> None:
+        """Give every turn that is due, and see that somebody watches for the others."""
+        due = self._admit()
+        if self.watcher is not None:
+            if _now() + due < self.wakes_at:
+                self.watcher.changed.notify()
+        elif due < math.inf:
+            first = next(model for model in self.models.values() if model.waiting)
+            first.waiting[0][1].changed.notify()
 
 
 # The throttle
@@ -737,9 +830,10 @@ class Throttle:
     def __init__(self, max_delay: float = 30.0,
                  random: Callable[[], float] = random.random) -> None:
         self.max_delay, self.random = max_delay, random
-        self.pace: Optional[float] = None   # requests/s, once measured
+        self.rate: Optional[float] = None   # requests/s, once measured
         self.window: Optional[int] = None   # most in flight, when capped
         self.congestions = 0
+        self.chance = 0             # refusals taken for chance
         self.until = 0.0            # nothing leaves before
         self._next = 0.0            # nor before this, which keeps the pace
         self._count = 0             # tickets given
@@ -773,7 +867,7 @@ class Throttle:
         if self._count == self._first:
             self._next, self.until = self.until - spare, now + self._probe
         idle = max(0.0, now - spare - self._next)
-        if self.pace is not None:
+        if self.rate is not None:
             self._start += idle     # time in which nobody asked measures nothing
         self._next += idle + self._interval(now)
         ticket = Ticket(self._count, now, self._flying)
@@ -833,24 +927,24 @@ class Throttle:
 
     def _spare(self) -> float:
         """Seconds' worth of requests that may leave at once: gained in the last pause."""
-        if self.pace is None:
+        if self.rate is None:
             return 0.0
-        return max(0.0, self.SPARE * (self.until - self._shut) - 1 / self.pace)
+        return max(0.0, self.SPARE * (self.until - self._shut) - 1 / self.rate)
 
     def _interval(self, now: float) -> float:
         if self.window is not None:
             return 0.0
-        if self.pace is None:
+        if self.rate is None:
             return 1 / (self.START + self.RAMP * (self._count - self._first))
-        grown: float = self.pace ** self.EVEN * self._growth(now)
-        return 1 / (self.DIP * self.pace + grown)
+        grown: float = self.rate ** self.EVEN * self._growth(now)
+        return 1 / (self.DIP * self.rate + grown)
 
     def _close(self, ticket: Ticket, now: float, asked: float, dry_pause: float) -> None:
         dry, echo = ticket.number == self._first, now - ticket.time
         if not dry or asked:    # a limiter that says when is believed
             self._shut = now
         pause = min(dry_pause * (now - self._shut), self.PROBE * self.max_delay)
-        pause = max(pause, echo, 1 / self.pace if self.pace else 0.0)
+        pause = max(pause, echo, 1 / self.rate if self.rate else 0.0)
         chance = self.random() * pause / 2      # so that many clients do not come back as one
         self.until = now + min(self.max_delay, (asked or 0.75 * pause) + chance)
         self._probe = min(2 * echo, self.until - now)     # a refusal is quick to come back
@@ -871,106 +965,280 @@ class Throttle:
             self._taken += fresh
             seconds = max(1e-9, self.until - self._start)
             if not self._full:
-                last, self.pace = self.pace, max(self.SLOWEST, self._taken / seconds)
-                self._falls = self._falls + 1 if last and self.pace < last else 0
+                last, self.rate = self.rate, max(self.SLOWEST, self._taken / seconds)
+                self._falls = self._falls + 1 if last and self.rate < last else 0
                 self._trust = min(self.GROWN_TIME, max(self._trust, self.ROUGH * seconds))
             keep = min(1.0, self.MEMORY / self._taken)
             self._taken *= keep
             self._start = self.until - keep * seconds
         self._full = self._falls == self.FALLS
         if self._full:          # a new beginning
-            self.pace, self._trust, self._falls = None, 1.0, 0
+            self.rate, self._trust, self._falls = None, 1.0, 0
         if self.window is not None:
-            self.pace = None
+            self.rate = None
+
+
+# Metrics
+
+
+class Stats:
+    """What became of the requests for one model on one route.
+
+    requests, answers, retries, statuses (how many of each; None: no answer), prompt_tokens,
+    completion_tokens, empty (answers without text or tool call), cut_off (by a length
+    limit), chance (refusals that were not taken for a limit's); and what the throttle holds
+    to now: rate (requests a second) and window (in flight), None while no limit was met.
+    """
+
+    rate: Optional[float] = None  # one client's present: these two do not add up
+    window: Optional[int] = None
+
+    def __init__(self) -> None:
+        self.requests = self.answers = self.retries = self.chance = 0
+        self.prompt_tokens = self.completion_tokens = self.empty = self.cut_off = 0
+        self.statuses: Dict[Optional[int], int] = collections.Counter()
+        # By steps of 5 %: quantiles of millions of answers in few numbers that add up.
+        self.latencies: Dict[int, int] = collections.Counter()
+
+    def latency(self, share: float) -> float:
+        """What this share of the answers' latencies did not exceed (1.0: all), +-2.5 %."""
+        left = share * self.answers - 1e-9
+        for step in sorted(self.latencies):
+            left -= self.latencies[step]
+            if left <= 0.0:
+                return float(1.05 ** step)
+        return 0.0
+
+    def count(self, record: Record, outcome: Union[Completion, Error]) -> None:
+        self.requests += 1
+        self.retries += record.attempt > 1
+        self.statuses[record.status] += 1
+        self.prompt_tokens += record.prompt_tokens
+        self.completion_tokens += record.completion_tokens
+        if isinstance(outcome, Completion):
+            self.answers += 1
+            self.latencies[round(math.log(max(record.latency, 1e-6), 1.05))] += 1
+            self.empty += not outcome.text and outcome.finish_reason not in _CALLS
+            self.cut_off += outcome.finish_reason == "length"
+
+    def __add__(self, other: "Stats") -> "Stats":
+        total = Stats()
+        for name in vars(total):
+            setattr(total, name, getattr(self, name) + getattr(other, name))
+        return total
+
+
+_CALLS = ("tool_calls", "function_call")  # of tools, which need no text
+
+
+class Metrics(Dict[Tuple[str, str], Stats]):
+    """Stats by (route, model). Two can be added up; str() is a table of 80 columns."""
+
+    def __add__(self, other: "Metrics") -> "Metrics":
+        return Metrics((key, self.get(key, Stats()) + other.get(key, Stats()))
+                       for key in sorted(set(self) | set(other)))
+
+    def __str__(self) -> str:
+        form = "%-24s %8s %8s %7s %8s %8s %8s"
+        lines = [form % ("model", "requests", "answers", "retries", "p50 s", "p95 s", "max s")]
+        for (_, model), stats in sorted(self.items()):
+            if len(model) > 24:
+                lines.append(model)
+                model = ""
+            lines.append(form % (model, stats.requests, stats.answers, stats.retries,
+                                 *("%.2f" % stats.latency(share) for share in (0.5, 0.95, 1))))
+            lines += textwrap.wrap("tokens %d in, %d out; status %s%s" % (
+                stats.prompt_tokens, stats.completion_tokens,
+                ", ".join("%s x %d" % (status or "none", stats.statuses[status])
+                          for status in sorted(stats.statuses, key=str)),
+                "; %d refused by chance" % stats.chance if stats.chance else ""),
+                80, initial_indent="  ", subsequent_indent="  ")
+        return "\n".join(lines)
 
 
 # The wire
-
-
-class _Answer(NamedTuple):
-    status: int
-    headers: http.client.HTTPMessage
-    body: bytes
 
 
 class _Refused(OSError):
     """A proxy does not let us through: its status and reason."""
 
 
-class _Endpoint:
-    """Where requests go: the checked URL, what they begin with, the proxy and the TLS context."""
+class _Request(urllib.request.Request):
+    """The request of one attempt. hang_up() ends it from another thread."""
 
-    def __init__(self, key: str, given: Optional[str], ca_file: Optional[str]) -> None:
-        self.key = _spellings(key)  # to be taken out of what others say
-        base_url = _base_url(given, self.key)
-        parts = urllib.parse.urlsplit(base_url)
-        secure = parts.scheme == "https"
-        self.url = base_url + "/chat/completions"
-        self.route = parts.path + "/chat/completions"
-        self.address = (parts.hostname or "", parts.port or (443 if secure else 80))
-        self.context = _tls_context(ca_file) if secure else None
-        self.proxy, login = _proxy(parts.scheme, parts.netloc)
-        # A proxy is asked for http by the whole URL, for https by a CONNECT before.
-        target = self.url if self.proxy and not secure else self.route
-        self.head = (
-            "POST %s HTTP/1.1\r\nHost: %s\r\n%sAuthorization: Bearer %s\r\n"
-            "User-Agent: cometlimit/%s\r\nAccept: application/json\r\nAccept-Encoding: identity\r\n"
-            "Content-Type: application/json\r\nContent-Length: "
-            % (target, parts.netloc, "" if secure else login, key, __version__)).encode()
-        host = ("[%s]:%d" if ":" in self.address[0] else "%s:%d") % self.address
-        self.connect = ("CONNECT %s HTTP/1.1\r\nHost: %s\r\n%s\r\n" % (host, host, login)).encode()
-
-
-class _Wire(io.RawIOBase):
-    """One thread's connection, kept alive from request to request: a stream of answers, whose reads
-    end with the attempt, while a socket's own timeout would begin anew with each byte."""
-
-    def __init__(self, endpoint: _Endpoint) -> None:
-        self.endpoint = endpoint
-        self.thread: Any = None
-        self.call: Optional[_Call] = None  # in flight on it
-        self.sock: Any = None
-        self.reader: Any = None            # of what the socket brings
-        self.expires = math.inf            # when the present attempt is to end
-        self.connected = False             # TCP and TLS stand
-        self.heard = 0                     # bytes of the present answer
-        self.cut = False                   # hung up on
-        self.starved = False               # no descriptor was left for it
-
-    def begin(self, call: _Call) -> _Call:
-        self.call, self.cut = call, False
-        return call
-
-    def post(self, payload: bytes, expires: float) -> _Answer:
-        """Send a request and read its answer, all by `expires`.
-
-        Where a kept connection turns out dead before any byte of an answer, it is sent once more on
-        a fresh one, as the same attempt. That the server read it and died cannot be excluded;
-        browsers take the same risk.
-        """
-        kept, self.expires = self._is_quiet(), expires
-        try:
-            return self._exchange(payload)
-        except OSError as fault:
-            if not _hung_up(fault) or not kept or self.heard or self.cut:
-                raise
-            return self._exchange(payload)
+    def __init__(self, endpoint: "_Endpoint", payload: bytes, stream: bool,
+                 stream_options: bool) -> None:
+        if stream:
+            payload = payload[:-1] + b', "stream": true' + (
+                b', "stream_options": {"include_usage": true}}' if stream_options else b"}")
+        super().__init__(endpoint.url, payload, endpoint.headers, method="POST")
+        for name, value in endpoint.secrets.items():
+            self.add_unredirected_header(name, value)
+        self.stream, self.payload = stream, payload
+        self.sent_again: Callable[[BaseException], None] = lambda fault: None
+        self.began, self.wall = _now(), _wall()
+        self.expires = math.inf
+        self.connection: Any = None
+        self.status: Optional[int] = None          # of the answer
+        self.fault: Optional[Exception] = None     # that ended its body early
+        self.cut = False                           # hung up on
 
     def hang_up(self) -> None:
-        """End the attempt, from another thread."""
         self.cut = True
-        with contextlib.suppress(OSError, TypeError):  # there is no connection yet, or no more
+        if self.connection is not None:
+            self.connection.hang_up()
+
+
+def _fetch(opener: urllib.request.OpenerDirector, request: _Request,
+           seconds: float) -> "_Answer":
+    """Send a request, and read its answer to the end, all within so many seconds."""
+    response = opener.open(request, timeout=seconds)
+    connection, request.status, keep = request.connection, response.status, False
+    try:
+        body = _read(response, request)
+        # After a 1xx other than 100 the real answer is still to come.
+        keep = response.isclosed() and not response.will_close and response.status >= 200
+        cut = "" if request.fault is None else type(request.fault).__name__
+        return _Answer(response.status, response.headers, body, cut)
+    finally:
+        connection.release(keep)
+
+
+def _read(response: http.client.HTTPResponse, request: _Request) -> bytes:
+    """The body as far as it comes (`fault` of the request says why not all did); of one that
+    is too long, more than is allowed."""
+    good, body = 200 <= response.status < 300, bytearray()
+    more = response.read1 if response.length is None else response.read
+    try:
+        for piece in iter(lambda: more(1 << 16), b""):  # never as much as is announced
+            body += piece
+            if len(body) > (_MAX_ANSWER if good else _MAX_ERROR):
+                break
+            if body.endswith((b"data: [DONE]\n\n", b"data: [DONE]\r\n\r\n", b"data: [DONE]")):
+                request.expires = min(request.expires, _now() + _AFTER_DONE)
+        else:
+            if response.length:  # read(n) does not tell: python/cpython#115997
+                raise http.client.IncompleteRead(b"", response.length)
+    except (OSError, http.client.HTTPException, ValueError) as fault:
+        response.will_close = True
+        if good:  # else the status says enough
+            request.fault = fault
+    return bytes(body)
+
+
+class _KeepAliveHandler(urllib.request.BaseHandler):
+    """Opens URLs on connections that are kept for the next request.
+
+    urllib's own handler closes each: a new TLS connection costs 26 ms of CPU. As the only
+    handler of its opener it makes any status an answer, follows no redirect, and leaves
+    neither file: nor ftp: to be opened. urllib's ProxyHandler has no place beside it: it
+    fails for a login without a password, and for one in bytes that are no UTF-8.
+    """
+
+    def __init__(self, endpoint: "_Endpoint") -> None:
+        self.endpoint, self.closed = endpoint, False
+        self.kept: List[_Connection] = []
+
+    def http_open(self, request: _Request) -> http.client.HTTPResponse:
+        """The answer, whose body is still to be read.
+
+        Where a kept connection turns out dead before any byte of an answer, the request is
+        sent once more on a fresh one, as the same attempt. That the server read it and died
+        cannot be excluded; browsers take the same risk.
+        """
+        request.expires = request.began + (request.timeout or 0.0)
+        connection = self._quiet()
+        if connection is not None:
+            try:
+                return connection.exchange(request)
+            except OSError as fault:
+                if not _hung_up(fault) or connection.heard or request.cut:
+                    raise
+                request.sent_again(fault)
+                request.began, request.wall = _now(), _wall()
+        return _Connection(self.endpoint, self).exchange(request)
+
+    https_open = http_open
+
+    def _quiet(self) -> "Optional[_Connection]":
+        """A kept connection that is still there and in step, if there is one."""
+        while self.kept:
+            with contextlib.suppress(IndexError):  # another thread took the last
+                connection = self.kept.pop()
+                if connection.is_quiet():
+                    return connection
+        return None
+
+    def close(self) -> None:
+        self.closed = True
+        while self.kept:
+            with contextlib.suppress(IndexError):
+                self.kept.pop().close_socket()
+
+
+class _Connection(io.RawIOBase):
+    """A connection that is kept: a stream of answers. Its reads end with the attempt, while a
+    socket's own time-out begins anew with each byte."""
+
+    def __init__(self, endpoint: "_Endpoint", home: _KeepAliveHandler) -> None:
+        self.endpoint, self.home = endpoint, home
+        self.sock: Any = None
+        self.reader: Any = None        # of what the socket brings
+        self.expires = math.inf
+        self.request: Any = None       # the present one
+        self.heard = 0                 # bytes of its answer
+        self.stands = False            # TCP and TLS do
+        self.resolved = threading.Event()
+
+    def exchange(self, request: _Request) -> http.client.HTTPResponse:
+        """Send a request, and read the head of its answer."""
+        self.request, self.heard, request.connection = request, 0, self
+        try:
+            if not self.stands:
+                self._connect()
+            early = self._send(request)
+            response = http.client.HTTPResponse(self.reader, method="POST")
+            response.begin()
+            response.will_close = response.will_close or early
+            return response
+        except BaseException:
+            self.close_socket()
+            raise
+
+    def release(self, keep: bool) -> None:
+        """The answer was read: keep the connection for another request, or close it."""
+        self.request = None
+        if keep:
+            self.home.kept.append(self)
+        if not keep or self.home.closed:
+            self.close_socket()
+
+    def hang_up(self) -> None:
+        """End what goes on here, from another thread."""
+        self.resolved.set()
+        with contextlib.suppress(OSError, TypeError):  # there is no socket yet, or no more
             # SSLSocket's own would take the TLS state from under the thread that reads.
             socket.socket.shutdown(self.sock, socket.SHUT_RDWR)
 
-    def close(self) -> None:
+    def close_socket(self) -> None:
         if self.sock is not None:
             self.sock.close()
-        self.sock = None
+
+    def is_quiet(self) -> bool:
+        """Whether the kept connection is there, and has brought nothing; else it is closed."""
+        try:
+            self.sock.settimeout(0.0)
+            self.request = None
+            self.reader.peek(1)  # bytes that no answer has, or the end of the connection
+        except (OSError, ValueError) as fault:
+            if type(fault).__name__ in ("BlockingIOError", "SSLWantReadError"):
+                return True
+        self.close_socket()
+        return False
 
     def arm(self) -> None:
         """Let the socket's next operation end with the attempt."""
-        left = self.expires - _now()
+        left = self.request.expires - _now()
         if left <= 0:
             raise socket.timeout("timed out")
         if left < math.inf and abs((self.sock.gettimeout() or -1.0) - left) > 0.01:
@@ -980,52 +1248,30 @@ class _Wire(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        if self.heard > 2 * _MAX_ANSWER:  # http.client would read a chunk of -1 bytes for ever
+        if self.heard > 2 * _MAX_ANSWER:  # http.client reads a chunk of -1 bytes for ever
             raise ValueError("the answer is too long")
-        self.arm()
+        if self.request is not None:
+            self.arm()
         count: int = self.sock.recv_into(buffer)
         self.heard += count
         return count
 
-    def _is_quiet(self) -> bool:
-        """Whether a kept connection is still there and in step; else it is closed."""
-        if self.sock is None:
-            return False
-        self.expires = math.inf
+    def _send(self, request: _Request) -> bool:
+        """Send head and body in one write; whether the server stopped to listen before."""
+        head = ["POST %s HTTP/1.1" % self.endpoint.target, "Host: " + request.host]
+        head += ["%s: %s" % header for header in request.header_items()]
+        head.append("Content-Length: %d\r\n\r\n" % len(request.payload))
+        self.arm()
         try:
-            self.sock.settimeout(0.0)
-            self.reader.peek(1)  # bytes that no answer has, or the end of the connection
-        except (OSError, ValueError) as fault:
-            if type(fault).__name__ in ("BlockingIOError", "SSLWantReadError"):
-                return True
-        self.close()
+            self.sock.sendall("\r\n".join(head).encode("latin-1") + request.payload)
+        except OSError as fault:
+            if not _hung_up(fault):
+                raise
+            return True  # a refusal, 413 say, may lie there; if not, reading fails as well
         return False
 
-    def _exchange(self, payload: bytes) -> _Answer:
-        keep, early, self.heard = False, False, 0
-        try:
-            if self.sock is None:
-                self._connect()
-            self.arm()
-            try:
-                self.sock.sendall(b"%s%d\r\n\r\n%s" % (self.endpoint.head, len(payload), payload))
-            except OSError as fault:
-                if not _hung_up(fault):
-                    raise
-                early = True  # a refusal, 413 say, may lie there; if not, reading fails as well
-            response = http.client.HTTPResponse(self.reader, method="POST")
-            response.begin()
-            body = _read(response)
-            # After a 1xx other than 100 the real answer is still to come.
-            keep = response.isclosed() and not (
-                early or response.will_close or response.status < 200)
-            return _Answer(response.status, response.headers, body)
-        finally:
-            if not keep:
-                self.close()
-
     def _connect(self) -> None:
-        endpoint, self.connected = self.endpoint, False
+        endpoint = self.endpoint
         self._dial(*(endpoint.proxy or endpoint.address))
         self.reader = _Reader(self)
         if endpoint.proxy and endpoint.context:
@@ -1037,58 +1283,70 @@ class _Wire(io.RawIOBase):
             self.reader = _Reader(self)  # what came in clear is no part of an answer
         if endpoint.context:
             self.arm()
-            self.sock = endpoint.context.wrap_socket(  # in two steps, so that hang_up() finds it
+            self.sock = endpoint.context.wrap_socket(  # in two steps: hang_up() finds it
                 self.sock, server_hostname=endpoint.address[0], do_handshake_on_connect=False)
             self.sock.do_handshake()
-        self.connected = True
-        if self.cut:
+        self.stands = True
+        if self.request.cut:  # in TLS: what hang_up() shut down was not this socket yet
             raise ConnectionAbortedError("hung up")
 
     def _dial(self, host: str, port: int) -> None:
-        """socket.create_connection with one bound for all the addresses of a name together."""
-        end = min(self.expires, _now() + _CONNECT)
-        socket.socket().close()  # without a descriptor left, getaddrinfo would know no name
-        places: List[Any] = [at[4] for at in socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM)]
-        while self.sock is None:
-            share = max(0.001, (end - _now()) / len(places))
+        """Connect to the first address that answers, all of them within one bound."""
+        end = min(self.request.expires, _now() + _CONNECT)
+        places = self._addresses(host, port, end)
+        while places and not self.request.cut:
+            family, kind, protocol, _, address = places.pop(0)
+            self.sock = socket.socket(family, kind, protocol)
+            self.sock.settimeout(max(0.001, (end - _now()) / (len(places) + 1)))
             try:
-                self.sock = socket.create_connection(places.pop(0)[:2], share)
+                self.sock.connect(address)
+                break
             except OSError:
+                self.sock.close()
                 if not places:
                     raise
+        if self.request.cut:
+            raise ConnectionAbortedError("hung up")
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         if hasattr(socket, "TCP_KEEPIDLE"):  # before a firewall forgets the connection
             self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 30)
         self.arm()
 
+    def _addresses(self, host: str, port: int, end: float) -> List[Any]:
+        """getaddrinfo() in a thread of its own: it has no time limit and cannot be woken."""
+        socket.socket().close()  # without a descriptor left it would know no name
+        found: List[Any] = []
+
+        def look_up() -> None:
+            try:
+                found.append(socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM))
+            except Exception as fault:
+                found.append(fault)
+            self.resolved.set()
+        try:
+            threading.Thread(target=look_up, daemon=True).start()
+        except RuntimeError:  # no more threads, or the interpreter's end
+            look_up()
+        self.resolved.wait(end - _now())
+        if not found:
+            raise socket.timeout("timed out")
+        if isinstance(found[0], Exception):
+            raise found[0]
+        return list(found[0])
+
 
 class _Reader(io.BufferedReader):
-    """Lasts as long as its connection, so that what an answer left unread shows. An HTTPResponse
-    takes it for a socket, and would close it."""
+    """Lasts as long as its connection, so that what an answer left unread shows. An
+    HTTPResponse takes it for a socket, and would flush and close it."""
 
     def makefile(self, _: str) -> "_Reader":
         return self
 
-    def close(self) -> None:
+    def flush(self) -> None:
         pass
 
-
-def _read(response: http.client.HTTPResponse) -> bytes:
-    """The body; of one too long, more than is allowed."""
-    good, body = 200 <= response.status < 300, bytearray()
-    try:
-        for piece in iter(lambda: response.read(1 << 16), b""):  # never as much as is announced
-            body += piece
-            if len(body) > (_MAX_ANSWER if good else _MAX_ERROR):
-                return bytes(body)
-        if response.length:  # read(n) does not tell: python/cpython#115997
-            raise http.client.IncompleteRead(b"", response.length)
-    except (OSError, http.client.HTTPException, ValueError):
-        if good:  # else the status says enough
-            raise
-        response.will_close = True
-    return bytes(body)
+    close = flush
 
 
 def _hung_up(fault: BaseException) -> bool:
@@ -1097,84 +1355,102 @@ def _hung_up(fault: BaseException) -> bool:
             or "unexpected eof" in str(fault))  # for which 3.6 and 3.7 have no class
 
 
-def _tls_context(ca_file: Optional[str]) -> Any:
-    if ssl is None:
-        raise ConfigurationError("https needs an interpreter with the ssl module")
-    name = "ca_file" if ca_file else next(
-        filter(os.environ.get, ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")), "the system")
-    extra = ca_file or os.environ.get(name)
-    try:
-        context = ssl.create_default_context()
-        context.set_alpn_protocols(["http/1.1"])
-        if hasattr(ssl, "TLSVersion"):  # before 3.7, and until 3.9 by default, anything goes
-            context.minimum_version = max(context.minimum_version, ssl.TLSVersion.TLSv1_2)
-        else:
-            context.options |= ssl.OP_NO_TLSv1 | ssl.OP_NO_TLSv1_1
-        if extra:
-            context.load_verify_locations(**{"capath" if os.path.isdir(extra) else "cafile": extra})
-        return context
-    except (OSError, ValueError, TypeError) as fault:
-        raise ConfigurationError("the CA certificates of %s (%r) cannot be loaded: %s"
-                                 % (name, extra, fault)) from None
-
-
-def _proxy(scheme: str, netloc: str) -> Tuple[Optional[Tuple[str, int]], str]:
-    """The proxy that the environment has for a URL, and the header line that it wants."""
-    if not (any(name.lower().endswith("_proxy") for name in os.environ)
-            or sys.platform in ("darwin", "win32")):  # which keep proxies elsewhere, too
-        return None, ""
-    import urllib.request  # late, as it brings a dozen modules that few scripts need
-    named = urllib.request.getproxies().get(scheme)
-    if not named or urllib.request.proxy_bypass(netloc):
-        return None, ""
-    try:
-        parts = urllib.parse.urlsplit(named if "://" in named else "http://" + named)
-        host, port = parts.hostname or "", parts.port or 80
-    except ValueError:
-        host = ""
-    if not host or parts.scheme != "http":
-        raise ConfigurationError("the proxy of %s_proxy cannot be used: only http://host:port can"
-                                 % scheme)
-    if scheme == "http" and not _is_loopback(host):
-        return None, ""  # http is for this machine alone: no other one shall see the key
-    if not parts.username:
-        return (host, port), ""
-    login = "%s:%s" % (parts.username, parts.password or "")
-    return (host, port), "Proxy-Authorization: Basic %s\r\n" % binascii.b2a_base64(
-        urllib.parse.unquote_to_bytes(os.fsencode(login)), newline=False).decode()
-
-
-_is_loopback = re.compile(r"(localhost|127(\.\d{1,3}){3}|::1)$").match
-
-
-def _translate(fault: BaseException, connected: bool, secret: "re.Pattern[str]") -> Error:
-    """The Error for an attempt without an answer: here alone foreign exceptions become ours."""
-    kind = type(fault).__name__
-    text = secret.sub("***", "%s: %s" % (kind, fault))[:300]
+def _translate(fault: BaseException, request: _Request, endpoint: "_Endpoint") -> "_Verdict":
+    """What an attempt without a whole answer comes to: here alone foreign exceptions become
+    ours."""
+    kind, place = type(fault).__name__, endpoint.place
+    text = endpoint.hide("%s: %s" % (kind, fault))[:300]
+    stands = request.connection is not None and request.connection.stands
     if isinstance(fault, socket.timeout):
-        return APITimeoutError("no answer in time" if connected else "no connection in time",
-                               retryable=True, overload=504)
-    if "CERTIFICATE_VERIFY_FAILED" in text or kind == "CertificateError":
-        return APIConnectionError(
-            "the server's certificate is not trusted. Where the network inspects TLS, give its CA "
-            "as ca_file=, SSL_CERT_FILE or REQUESTS_CA_BUNDLE (Python 3.13 also demands of a CA "
-            "that it states its key usage and key identifiers). " + text)
+        if not stands:
+            return _passing("no connection to %s in time" % place, 504, math.inf,
+                            APITimeoutError, "connect_timeout")
+        return _passing("no answer from %s in %.3g s: raise timeout= (or deadline=) if the "
+                        "model needs longer" % (place, _now() - request.began), 504, 2,
+                        APITimeoutError, "timeout")
     if isinstance(fault, _Refused):
-        passing = fault.args[0] in RETRYABLE
-        return APIConnectionError("the proxy refuses: %d %s" % fault.args, retryable=passing,
-                                  overload=503 if passing else None)
-    if ssl and isinstance(fault, ssl.SSLError) and not connected and not _hung_up(fault):
-        return APIConnectionError("TLS cannot be set up. " + text)
+        words = "%s refuses: %d %s" % ((place,) + fault.args)
+        if fault.args[0] == 407:
+            words += " (login for the proxy: http://user:password@host:port in https_proxy)"
+        return (_passing if fault.args[0] in RETRYABLE else _lasting)(words, 503)
+    if ssl and isinstance(fault, (ssl.SSLError, ssl.CertificateError)):
+        words = _tls_words(kind, text)
+        if words or not (stands or _hung_up(fault)):
+            return _lasting("%s. %s" % (words or "TLS cannot be set up with " + place, text))
     if isinstance(fault, OSError) and fault.errno in (errno.EMFILE, errno.ENFILE):
-        return APIConnectionError("no more files or connections may be open at once: lower "
-                                  "max_concurrency, or raise the limit (ulimit -n). " + text,
-                                  code=_NO_SOCKET, retryable=True)
+        return _passing("no more files or connections may be open at once: lower "
+                        "max_concurrency, or raise the limit (ulimit -n). " + text, None,
+                        code="no_socket")
     if isinstance(fault, (OSError, http.client.HTTPException, ValueError)):
-        return APIConnectionError("no whole answer. " + text, retryable=True, overload=503)
-    return Error("unexpected " + text, code="unexpected")
+        words = "no whole answer from %s. " if stands else "no connection to %s. "
+        return _passing(words % place + text + ("" if stands else endpoint.hint), 503)
+    return _Verdict(Error("unexpected " + text, code="unexpected"))
 
 
-def _understand(answer: _Answer, secret: "re.Pattern[str]") -> Union[Completion, Error]:
+def _passing(words: str, load: Optional[int], tries: float = math.inf,
+             kind: Type[Error] = APIConnectionError,
+             code: str = "connection_error") -> "_Verdict":
+    return _Verdict(kind(words, retryable=True, code=code), tries, load)
+
+
+def _lasting(words: str, _: Optional[int] = None) -> "_Verdict":
+    return _Verdict(APIConnectionError(words))
+
+
+def _tls_words(kind: str, text: str) -> str:
+    """What a user can do about a fault of TLS, where that is known."""
+    if "CERTIFICATE_VERIFY_FAILED" in text or kind == "CertificateError":
+        return ("the server's certificate is not trusted. Where the network inspects TLS, give "
+                "its CA as ca_file=, SSL_CERT_FILE or REQUESTS_CA_BUNDLE (Python 3.13 also "
+                "demands of a CA that it states its key usage and key identifiers)")
+    if re.search("ALERT_(BAD_|NO_)?CERTIFICATE|ALERT_HANDSHAKE_FAILURE", text):
+        return "the server refuses the connection; it may demand a certificate of the client"
+    return ""
+
+
+# Reading answers
+
+
+class _Answer(NamedTuple):
+    status: int
+    headers: http.client.HTTPMessage
+    body: bytes
+    cut: str = ""  # why it ended early
+
+
+class _Verdict(NamedTuple):
+    """What an attempt came to."""
+    outcome: Union[Completion, Error]
+    tries: float = 1             # attempts that a call may make while it fails so
+    load: Optional[int] = None   # the status of a refusal, for the throttle
+
+
+PERMANENT = frozenset("""
+    access_denied access_terminated content_filter content_policy_violation
+    context_length_exceeded convert_request_failed count_token_failed credit_balance_exhausted
+    gen_relay_info_failed insufficient_quota insufficient_user_quota invalid_api_key
+    invalid_request invalid_request_error missing_required_parameter model_not_found
+    model_price_error permission_denied pre_consume_token_quota_failed prompt_blocked
+    quota_exceeded sensitive_words_detected unsupported_model""".split())
+
+
+
+_MAX_DEPTH = 200
+_MIN_SECRET = 6
+
+
+def _understand(answer: _Answer, hide: Any, url: str) -> _Verdict:
+    outcome, load = _understand_1(answer, hide)
+    if isinstance(outcome, Error):
+        return _Verdict(outcome, math.inf if outcome.retryable else 1, load)
+    return _Verdict(outcome)
+
+
+def _speaks_of_money(error: Error) -> bool:
+    return error.status_code == 429 and bool({error.code, error.type} & {"insufficient_quota"})
+
+
+def _understand_1(answer: _Answer, secret: Any) -> Any:
     """The Completion that an answer holds, or the Error that it stands for."""
     try:
         data = _parse(answer.body.decode().lstrip("\ufeff"))
@@ -1189,13 +1465,13 @@ def _understand(answer: _Answer, secret: "re.Pattern[str]") -> Union[Completion,
     usage = data.get("usage")
     return Completion(text if isinstance(text, str) else "", str(data.get("model") or ""),
                       choice.get("finish_reason"), usage if isinstance(usage, dict) else {},
-                      _request_id(answer, secret), 1, 0.0, data)
+                      _request_id(answer, secret), 1, 0.0, data), None
 
 
-def _failure(answer: _Answer, secret: "re.Pattern[str]") -> Error:
+def _failure(answer: _Answer, secret: Any) -> Any:
     """The Error for an answer that is no completion: the server's words, and the verdict."""
     text = answer.body[:_MAX_ERROR].decode("utf-8", "replace").lstrip("\ufeff")
-    body = _loosely(secret.sub("***", text))
+    body = _loosely(secret(text))
     error = body.get("error") if isinstance(body, dict) else None
     said = error if isinstance(error, dict) else {"message": error} if error else {}
     words = {name: str(said[name])[:2000] for name in ("code", "type", "param", "message")
@@ -1210,8 +1486,9 @@ def _failure(answer: _Answer, secret: "re.Pattern[str]") -> Error:
     return kind(
         "HTTP %s: %s" % (("%d %s" % (answer.status, words.get("code", ""))).rstrip(), what),
         status_code=answer.status, body=body, retryable=retryable,
-        overload=status if retryable else None, retry_after=_retry_after(answer.headers),
-        request_id=_request_id(answer, secret, words.get("message", "")), **words)
+        retry_after=_retry_after(answer.headers),
+        request_id=_request_id(answer, secret, words.get("message", "")),
+        **words), status if retryable else None
 
 
 def _verdict(answer: _Answer, words: Dict[str, str], may: bool) -> Tuple[Optional[int], bool]:
@@ -1266,20 +1543,25 @@ def _number(digits: str) -> Any:
 _decode = json.JSONDecoder(parse_constant=_number, parse_float=_number, parse_int=_number).decode
 
 
-def _spellings(key: str) -> "re.Pattern[str]":
-    """Finds a key, however JSON may write it."""
-    if len(key) < _MIN_SECRET:
-        return re.compile("(?!)")  # which is nowhere
-    return re.compile("".join(r"(?:%s%s|\\u00(?i:%02x))" % (
+def _hider(*keys: str) -> Callable[[str], str]:
+    """A function that takes keys out of a text, however JSON may write them."""
+    found = [re.compile("".join(r"(?:%s%s|\\u00(?i:%02x))" % (
         "" if sign.isalnum() else r"\\?", re.escape(sign), ord(sign)) for sign in key))
+        for key in keys if len(key) >= _MIN_SECRET]
+
+    def hide(text: str) -> str:
+        for one in found:
+            text = one.sub("***", text)
+        return text
+    return hide
 
 
-def _request_id(answer: _Answer, secret: "re.Pattern[str]", message: str = "") -> Optional[str]:
+def _request_id(answer: _Answer, secret: Any, message: str = "") -> Optional[str]:
     """The id to quote to the provider. Chained gateways each append theirs: the last is ours."""
     names = ("x-request-id", "x-cometapi-request-id", "x-oneapi-request-id", "request-id")
     found = next(filter(None, map(answer.headers.get, names)), None) or "".join(
         re.findall(r"\(request id: ([^)\s]{1,200})\)", message)[-1:])
-    return secret.sub("***", found) or None
+    return secret(found) or None
 
 
 def _retry_after(headers: http.client.HTTPMessage) -> Optional[float]:
@@ -1309,41 +1591,187 @@ def _timestamp(date: str) -> float:
         return 0.0
 
 
+# Settings
+
+
+class _Endpoint:
+    """Where requests go and what each of them says: a client's settings, checked."""
+
+    def __init__(self, api_key: Optional[str], base_url: Optional[str],
+                 headers: Optional[Dict[str, str]], ca_file: Optional[str],
+                 allow_http: bool) -> None:
+        own = _checked_headers(headers or {})
+        key = _key(api_key)
+        secrets = {name: value for name, value in own.items() if _is_secret(name)}
+        self.hide = _hider(key, *(value.split()[-1] for value in secrets.values()))
+        parts = _split_url(base_url, allow_http, self.hide)
+        secure, host = parts.scheme == "https", parts.hostname or ""
+        if not (key or not secure or {"authorization", "api-key"} & set(map(str.lower, own))):
+            raise ConfigurationError("there is no API key: set COMETAPI_KEY, or pass api_key=")
+        if key and "authorization" not in map(str.lower, own):
+            secrets["Authorization"] = "Bearer " + key
+        self.base_url = self.hide(urllib.parse.urlunsplit(parts))
+        self.route = parts.path + "/chat/completions"
+        self.url = urllib.parse.urlunsplit(parts._replace(path=self.route))
+        self.address = (host, parts.port or (443 if secure else 80))
+        self.context = _tls_context(ca_file) if secure else None
+        self.proxy, login = _proxy(parts, allow_http)
+        self.connect, self.hint, self.target = b"", "", self.url
+        name = ("[%s]:%d" if ":" in host else "%s:%d") % self.address
+        if self.proxy and secure:  # asked by a CONNECT; for http, by the whole URL
+            self.connect = ("CONNECT %s HTTP/1.1\r\nHost: %s\r\n%s\r\n" % (
+                name, name, login and "Proxy-Authorization: %s\r\n" % login)).encode()
+        elif login:
+            secrets["Proxy-Authorization"] = login
+        if secure or not self.proxy:
+            self.target = self.route + ("?" + parts.query if parts.query else "")
+        self.place = "the proxy %s:%d" % self.proxy if self.proxy else name
+        if not self.proxy and (os.environ.get("all_proxy") or os.environ.get("ALL_PROXY")):
+            self.hint = " (all_proxy is not used: name the proxy in https_proxy)"
+        self.secrets = secrets
+        self.headers = dict({
+            "User-Agent": "cometlimit/" + __version__, "Accept": "application/json",
+            "Accept-Encoding": "identity", "Content-Type": "application/json"},
+            **{name.title(): value for name, value in own.items() if name not in secrets})
+
+
+def _check_numbers(**values: Any) -> None:
+    for name, least in (("max_concurrency", 1), ("max_retries", 0)):
+        if type(values[name]) is not int or values[name] < least:
+            raise ConfigurationError("%s is a whole number from %d, not %r" % (
+                name, least, values[name]))
+    for name, words in (("max_delay", "seconds"), ("timeout", "seconds"),
+                        ("deadline", "seconds"), ("max_rate", "requests a second")):
+        value = values[name]
+        if value is None and name in ("deadline", "max_rate"):
+            continue
+        if type(value) not in (int, float) or not 0 < value < threading.TIMEOUT_MAX:
+            raise ConfigurationError("%s is a number of %s above 0, not %r" % (
+                name, words, value))
+
+
+_is_secret = re.compile("(?i).*(auth|key|token|secret|cookie)").match
+
+
+def _checked_headers(headers: Dict[str, str]) -> Dict[str, str]:
+    for name, value in headers.items():
+        if not (isinstance(name, str) and re.match(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+\Z", name)
+                and isinstance(value, str) and re.match(r"[ -~]+\Z", value.strip())):
+            raise ConfigurationError(
+                "headers= has a name or a value that no header can have: %r" % (name,))
+        if name.lower() in ("host", "connection", "content-length", "transfer-encoding"):
+            raise ConfigurationError("the header %s cannot be set" % name)
+    return {name: value.strip() for name, value in headers.items()}
+
+
 def _key(given: Optional[str]) -> str:
     key = os.environ.get("COMETAPI_KEY", "") if given is None else given
-    blank = " \t\r\n\ufeff\udcef\udcbb\udcbf"  # the last: what 3.6 may read for the bytes of \ufeff
+    blank = " \t\r\n\ufeff\udcef\udcbb\udcbf"  # the last: what 3.6 may read for \ufeff
     key = key.strip(blank) if isinstance(key, str) else ""
-    if not key:
-        raise ConfigurationError("there is no API key: set COMETAPI_KEY, or pass api_key=")
-    if not re.match(r"[!-~]+\Z", key):  # http.client would send some of these, or show the key
+    if not re.match(r"[!-~]*\Z", key):  # http.client would send some of these, or show the key
         raise ConfigurationError("the API key has a character that no key has (a space, a line "
                                  "break, a typographic quote): copy it again")
     return key
 
 
-def _base_url(given: Optional[str], secret: "re.Pattern[str]") -> str:
+def _split_url(given: Optional[str], allow_http: bool,
+               hide: Callable[[str], str]) -> urllib.parse.SplitResult:
+    """The base URL's parts, its path without /chat/completions or a slash at the end."""
     if given is None:
         given = os.environ.get("COMETAPI_BASE_URL", "").strip() or BASE_URL
     given = str(given).strip()
-    url = re.sub(r"(/chat/completions)?/*\Z", "", given)
     try:
-        parts = urllib.parse.urlsplit(url)
+        parts = urllib.parse.urlsplit(given)
+        parts = parts._replace(path=re.sub(r"(/chat/completions)?/*\Z", "", parts.path))
         host, port = parts.hostname or "", parts.port
         host.encode("idna")  # fails for a part of more than 63 letters
         problem = next((words for bad, words in (
-            (not re.match(r"[!-~]*\Z", url), "a character that no URL has"),
+            (not re.match(r"[!-~]*\Z", given), "a character that no URL has"),
             (parts.scheme not in ("http", "https"), "https:// is missing"),
             (not host or port == 0, "no host or no port"),
             ("@" in parts.netloc, "a user name (the key goes into COMETAPI_KEY)"),
-            (re.search("[?#]", url), "a query or a fragment"),
-            (parts.scheme == "http" and not _is_loopback(host),
-             "http:// would show the key on its way (https:// would not)")) if bad), "")
+            ("#" in given, "a fragment"),
+            (parts.scheme == "http" and not (allow_http or _is_this_machine(host)),
+             "http:// would show the key on its way: say https://, or allow_http=True")
+        ) if bad), "")
     except ValueError as fault:
         problem = str(fault)
     if problem:
-        raise ConfigurationError(secret.sub("***", "the base URL %r cannot be used: %s" % (
+        raise ConfigurationError(hide("the base URL %r cannot be used: %s" % (
             re.sub("//.*@", "//***@", given), problem)))
-    return url
+    return parts
+
+
+_is_this_machine = re.compile(r"(localhost|127(\.\d{1,3}){3}|0\.0\.0\.0|::1?)$").match
+
+
+def _tls_context(ca_file: Optional[str]) -> Any:
+    if ssl is None:
+        raise ConfigurationError("https needs an interpreter with the ssl module")
+    name = "ca_file" if ca_file else next(
+        filter(os.environ.get, ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")), "the system")
+    extra = ca_file or os.environ.get(name)
+    try:
+        context = ssl.create_default_context()
+        context.set_alpn_protocols(["http/1.1"])
+        if hasattr(ssl, "TLSVersion"):  # before 3.7, and until 3.9 by default, anything goes
+            context.minimum_version = max(context.minimum_version, ssl.TLSVersion.TLSv1_2)
+        else:
+            context.options |= ssl.OP_NO_TLSv1 | ssl.OP_NO_TLSv1_1
+        if extra:
+            context.load_verify_locations(
+                **{"capath" if os.path.isdir(extra) else "cafile": extra})
+        return context
+    except (OSError, ValueError, TypeError) as fault:
+        raise ConfigurationError("the CA certificates of %s (%r) cannot be loaded: %s" % (
+            name, extra, fault)) from None
+
+
+def _proxy(server: urllib.parse.SplitResult,
+           allow_http: bool) -> Tuple[Optional[Tuple[str, int]], str]:
+    """The proxy that the environment has for a URL, and the login that it wants."""
+    named = urllib.request.getproxies().get(server.scheme)
+    if not named or urllib.request.proxy_bypass(server.netloc):
+        return None, ""
+    try:
+        parts = urllib.parse.urlsplit(named if "://" in named else "http://" + named)
+        host, port = parts.hostname or "", parts.port or 80
+    except ValueError:
+        host = ""
+    if not host or parts.scheme != "http":
+        raise ConfigurationError("the proxy of %s_proxy cannot be used: only http://host:port "
+                                 "can" % server.scheme)
+    if server.scheme == "http" and not (allow_http or _is_this_machine(host)):
+        return None, ""  # no other machine shall see the key
+    if not parts.username:
+        return (host, port), ""
+    login = "%s:%s" % (parts.username, parts.password or "")
+    return (host, port), "Basic " + binascii.b2a_base64(
+        urllib.parse.unquote_to_bytes(os.fsencode(login)), newline=False).decode()
+
+
+def _payload(prompt: Prompt, params: Dict[str, Any]) -> Tuple[str, bytes]:
+    """The model and the body of a request. Raises ConfigurationError."""
+    fields = prompt if isinstance(prompt, dict) else {"messages": (
+        [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt)}
+    body = dict(params, **fields)
+    messages, model = body.get("messages"), body.get("model")
+    if not (messages and isinstance(messages, (list, tuple))
+            and all(isinstance(message, dict) for message in messages)):
+        raise ConfigurationError(
+            "a prompt is a string, a list of messages (dicts), or a dict with such "
+            "messages, not %s" % type(prompt).__name__)
+    if not isinstance(model, str) or not model:
+        raise ConfigurationError('no model is named: Client(model="your-model-id")')
+    if body.get("stream", True) in (False, None):
+        del body["stream"]
+    for name in sorted(_RESERVED & set(body)):
+        raise ConfigurationError("%s is no field of a request: it is an option of Client" % (
+            name if name in _OPTIONS else "stream, with its options,"))
+    try:
+        return model, _encode(body).encode()
+    except (TypeError, ValueError, RecursionError) as fault:
+        raise ConfigurationError("the request cannot be made JSON: %s" % fault) from None
 
 
 # The command line
@@ -1527,8 +1955,16 @@ def _body(value: Dict[str, Any], options: Any) -> Dict[str, Any]:
         body["prompt"] = [{"role": "system", "content": options.system},
                           {"role": "user", "content": prompt}]
     if options.dry_run:
-        _payload(**body)
+        _payload(_prompt(body), {})
     return body
+
+
+def _prompt(body: Dict[str, Any]) -> Any:
+    fields = dict(body)
+    prompt = fields.pop("prompt", None)
+    if isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    return dict(fields, messages=prompt)
 
 
 def _result(row: _Row, outcome: Union[Completion, Error]) -> bytes:
@@ -1768,7 +2204,7 @@ class _Tally:
         text += ", %.1f/s" % rate
         for (_, model), stats in sorted(client.metrics.items()):
             limits = ", ".join(words % value for words, value in (
-                ("rate limit %.3g/s", stats.pace), ("window %d", stats.window),
+                ("rate limit %.3g/s", stats.rate), ("window %d", stats.window),
                 ("429 x %d", stats.statuses[429])) if value)
             text += "; %s: %s" % (model, limits) if limits else ""
         return text
@@ -1799,7 +2235,7 @@ class _Job:
     def __init__(self, options: Any, stack: contextlib.ExitStack) -> None:
         self.options, self.stack, self.tally = options, stack, _Tally(options)
         self.events: Any = queue.Queue()  # what happened: the method for it, and its argument
-        self.calls: Dict[_Call, _Row] = {}  # under way
+        self.calls: Dict[Future, _Row] = {}  # under way
         self.places: Dict[str, int] = {}    # by id: above 0 where there is an answer already
         self.files: Dict[str, int] = {}     # that are open, by what they are for
         self.rows = self.signal = 0         # rows that were met
@@ -1930,7 +2366,6 @@ class _Job:
     def _ask(self, row: _Row) -> None:
         if self.reason:
             return
-        pool = self.client._pool
         try:
             if not self.known:
                 self._meet(row)
@@ -1940,15 +2375,14 @@ class _Job:
                 return
             if row.problem is not None:
                 raise row.problem
-            call = _Call(pool, *_payload(**row.body))
-            pool.submit(call)
+            call = self.client.submit(_prompt(row.body), tag=row.id)
         except ConfigurationError as problem:
-            call = _Call(pool)
+            call = Future()
             call.set_exception(problem)
         self.calls[call] = row
         call.add_done_callback(lambda call: self.events.put((self._finish, call)))
 
-    def _finish(self, call: _Call) -> None:
+    def _finish(self, call: Future) -> None:
         row = self.calls.pop(call)
         outcome: Any = call.exception() or call.result()
         if self.reason and isinstance(outcome, Error) and (
@@ -1976,8 +2410,7 @@ class _Job:
         """If there is a reason, send nothing more. What is in flight has some seconds left."""
         if reason and not self.reason:
             self.reason, self.until = reason, time.monotonic() + _GRACE
-            self.client.max_retries = 0
-            self.client._pool.drop([call for call in self.calls if call.ticket is None])
+            self.client.stop()
 
     def _look(self) -> None:
         """Do what is due by the clock."""
