@@ -456,7 +456,8 @@ class _Pool:
             call = _Call(self, model, payload, tag)
             self.gate.number(call)
             self.calls[call] = None
-        call.future.add_done_callback(lambda future: self.give_up(
+        future: Future = call.future
+        future.add_done_callback(lambda future: self.give_up(
             [call], "nobody waits for it any more") if future.cancelled() else None)
         try:
             model.executor.submit(self._carry, call)
@@ -466,7 +467,7 @@ class _Pool:
                 self.give_up([call], "no thread can be started to send it: %s" % fault)
                 self.calls.pop(call, None)
                 raise Error(call.given_up, code="no_thread") from None
-        return call.future  # where no more threads can be started, one there is takes it
+        return future  # where no more threads can be started, one there is takes it
 
     def _carry(self, call: _Call) -> None:
         """The backoff loop: it carries a call from its first turn to its outcome.
@@ -1365,8 +1366,8 @@ def _translate(fault: BaseException, request: _Request, endpoint: "_Endpoint") -
         if not stands:
             return _passing("no connection to %s in time" % place, 504, math.inf,
                             APITimeoutError, "connect_timeout")
-        return _passing("no answer from %s in %.3g s: raise timeout= (or deadline=) if the "
-                        "model needs longer" % (place, _now() - request.began), 504, 2,
+        return _passing("no answer from %s within %.3g s: raise timeout= (or deadline=) if the "
+                        "model needs longer" % (place, request.timeout or 0.0), 504, 2,
                         APITimeoutError, "timeout")
     if isinstance(fault, _Refused):
         words = "%s refuses: %d %s" % ((place,) + fault.args)
