@@ -80,7 +80,6 @@ RETRYABLE = frozenset({408, 429, 498, 500, 502, 503, 504, 520, 521, 522, 523, 52
 _AHEAD = 16             # answers, per request in flight, that map() holds for a slow one
 _CLOSING = 0.5          # seconds that close() waits for requests to be hung up on
 _CONNECT = 15.0         # seconds: a host that has not answered a fourth SYN will not answer
-_LOOK_UP = 15.0         # seconds for a name, which getaddrinfo() may exceed by far
 _AFTER_DONE = 1.0       # seconds for a stream to end after it has said [DONE]
 _MAX_ANSWER = 64 << 20  # bytes; more than any completion, less than the memory
 _MAX_ERROR = 64 << 10   # bytes; a gateway was seen to send an error of 114 MB
@@ -1404,7 +1403,8 @@ def _tls_words(kind: str, text: str) -> str:
         return ("the server's certificate is not trusted. Where the network inspects TLS, give "
                 "its CA as ca_file=, SSL_CERT_FILE or REQUESTS_CA_BUNDLE (Python 3.13 also "
                 "demands of a CA that it states its key usage and key identifiers)")
-    if re.search("ALERT_(BAD_|NO_)?CERTIFICATE|ALERT_HANDSHAKE_FAILURE", text):
+    # As words where Python knows no name for the alert: 3.6 with TLS 1.3.
+    if re.search("(?i)alert.(bad.|no.)?certificate|alert.handshake.failure", text):
         return "the server refuses the connection; it may demand a certificate of the client"
     return ""
 
