@@ -189,8 +189,8 @@ Outcome = Union[Completion, Error]
 class Client:
     """An endpoint and the manner of calling it: a context manager, safe among threads.
 
-    api_key          else COMETAPI_KEY of the environment; may be missing over http, or
-                     where headers= has an Authorization or api-key of its own
+    api_key          else COMETAPI_KEY; not needed over http, nor with an Authorization or
+                     api-key in headers=
     base_url         else COMETAPI_BASE_URL, else CometAPI's; http only to this machine
     model            for prompts that name none
     max_concurrency  requests in flight at once, retries included
@@ -201,11 +201,11 @@ class Client:
     deadline         for one prompt with all its waits and attempts
     stream           None: ask for a stream where a gateway cuts silent connections off;
                      True: always; False: never. The Completion is the same
-    check            called with each Completion: where it returns False or raises, the
-                     attempt is a failure (code check_failed) and is tried again
+    check            called with each Completion: if it returns False or raises, the
+                     prompt is asked again (error code: check_failed)
     headers          further HTTP headers, by name
-    ca_file          CA certificates (PEM) to trust besides the system's; else
-                     REQUESTS_CA_BUNDLE or CURL_CA_BUNDLE
+    ca_file          CA certificates (PEM) to trust besides the system's, which else
+                     REQUESTS_CA_BUNDLE or CURL_CA_BUNDLE name
     allow_http       http:// to any host: others can read the key on its way
     on_record        called with each Record, in the thread that made the attempt
 
@@ -429,7 +429,7 @@ class _Pool:
             model = self.models.get(name) or self.models.setdefault(
                 name, _Model(name, self.client))
             call = _Call(self, model, payload, tag)
-            self.gate.number(call)
+            call.place = (next(self.gate.numbers), 0)  # behind all others
             self.calls[call] = None
         future: Future = call.future
         future.add_done_callback(lambda future: self.give_up(
@@ -673,10 +673,6 @@ class _Gate:
         self.next_at = 0.0                 # nothing leaves before, for max_rate
         self.watcher: Optional[_Call] = None
         self.wakes_at = math.inf           # when the watcher looks again
-
-    def number(self, call: _Call) -> None:
-        """Give a new call its place, behind all others."""
-        call.place = (next(self.numbers), 0)
 
     def turn(self, call: _Call) -> bool:
         """Wait until the call may be sent; False when it may not be any more."""
