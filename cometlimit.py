@@ -1182,6 +1182,7 @@ class _Connection(io.RawIOBase):
         try:
             if not self.stands:
                 self._connect()
+            self._refuse_cut()
             refused_early = not self._send(request)
             response = http.client.HTTPResponse(self.reader, method="POST")
             response.begin()
@@ -1274,10 +1275,9 @@ class _Connection(io.RawIOBase):
                 do_handshake_on_connect=False)
             self.sock.do_handshake()
         self.stands = True
-        self._refuse_cut()
 
     def _refuse_cut(self) -> None:
-        if self.request.cut:  # between two sockets, so that nothing could be shut down
+        if self.request.cut:  # without a socket in use, so that none was shut down
             raise ConnectionAbortedError("hung up")
 
     def _dial(self, host: str, port: int) -> None:
