@@ -55,7 +55,7 @@ import time
 import urllib.parse
 import urllib.request
 import zlib
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from concurrent.futures.thread import ThreadPoolExecutor  # now, while there are files
 from typing import (Any, Callable, Deque, Dict, Iterable, Iterator, List, NamedTuple,
                     Optional, Set, Tuple, Type, Union)
@@ -74,6 +74,7 @@ __version__ = "2.0.0"
 BASE_URL = "https://api.cometapi.com/v1"
 
 _AHEAD = 16             # outcomes per place in flight that map() holds for a slow one
+_LISTEN = 0.25          # seconds after which the main thread sees any signal
 _CLOSING = 0.5          # seconds that close() waits for requests to be hung up on
 _CONNECT = 15.0         # seconds: who has not answered a fourth SYN will not answer
 _AFTER_DONE = 1.0       # seconds that a stream may go on after it has said [DONE]
@@ -244,7 +245,7 @@ class Client:
         self._pool.refuse_own_thread()
         future = self.submit(prompt, **params)
         try:
-            done: Completion = future.result()
+            done: Completion = _ended(future).result()
             return done
         finally:
             future.cancel()  # after Ctrl-C: nobody waits for it any more
@@ -274,7 +275,8 @@ class Client:
             for future in self._futures(prompts, params):
                 ahead.append(future)
                 future.add_done_callback(lambda _: room.release())
-                room.acquire()
+                while not room.acquire(timeout=_LISTEN):
+                    pass
                 yield from _outcomes(ahead, most, return_exceptions)
             yield from _outcomes(ahead, 1, return_exceptions)
         finally:
@@ -356,11 +358,19 @@ def _outcomes(ahead: "Deque[Future]", most: int,
               return_exceptions: bool) -> Iterator[Any]:
     """The first outcomes, as far as they are there; waits while `most` are ahead."""
     while ahead and (ahead[0].done() or len(ahead) >= most):
-        error = ahead[0].exception()
+        error = _ended(ahead[0]).exception()
         if error is not None and not (return_exceptions and isinstance(error, Error)):
             raise error
         yield error or ahead[0].result()
         ahead.popleft()
+
+
+def _ended(future: Future) -> Future:
+    """The future, once it has ended. Ctrl-C does not wake the main thread if the system
+    hands the signal to another thread, or does it just before the wait."""
+    while not future.done():
+        wait([future], _LISTEN)
+    return future
 
 
 # The loop
@@ -613,7 +623,7 @@ class _Pool:
         """Wait until every call has its outcome and its callbacks have run."""
         with self.lock:
             while self.calls:
-                self.ended.wait()
+                self.ended.wait(_LISTEN)
 
     def close(self) -> None:
         self.stop("the client was closed")
