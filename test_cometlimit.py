@@ -461,12 +461,10 @@ class Names(Case):
         tree = {"ConfigurationError": "Error", "APIConnectionError": "Error",
                 "APITimeoutError": "APIConnectionError", "APIStatusError": "Error",
                 "RateLimitError": "APIStatusError", "APIResponseError": "Error"}
-        names = set(tree) | set("Client Completion Error Metrics Record Throttle ask_all backoff "
-                                "main".split())
-        self.assertLessEqual(names, set(cometlimit.__all__))
+        self.assertEqual(set(cometlimit.__all__), set(tree) | set(
+            "Client Completion Error Metrics Record Throttle ask_all backoff main".split()))
         for name in cometlimit.__all__:
-            with self.subTest(name=name):
-                self.assertTrue(inspect.getdoc(getattr(cometlimit, name)))
+            self.assertTrue(inspect.getdoc(getattr(cometlimit, name)), name)
         for name, base in tree.items():
             self.assertIn(getattr(cometlimit, base), getattr(cometlimit, name).__bases__)
         self.assertTrue(issubclass(cometlimit.ConfigurationError, ValueError))
@@ -487,9 +485,8 @@ class Names(Case):
         for function, rest in ((client.map, "params"), (cometlimit.ask_all, "options_and_params")):
             self.assertEqual(parameters(function), {
                 "prompts": empty, "return_exceptions": False, rest: empty})
-        back = parameters(cometlimit.backoff)
-        self.assertTrue(callable(back.pop("random")))
-        self.assertEqual(back, dict(attempt=empty, retry_after=None, max_delay=30.0))
+        self.assertEqual(list(parameters(cometlimit.backoff).items())[:3], [
+            ("attempt", empty), ("retry_after", None), ("max_delay", 30.0)])
         self.assertEqual(list(parameters(cometlimit.Throttle)), ["max_delay", "random"])
         self.assertEqual(" ".join(cometlimit.Completion._fields), "text model finish_reason usage"
                          " request_id attempts latency body")
@@ -509,7 +506,6 @@ class Names(Case):
             threading.Thread.start = subprocess.Popen = never
             os.environ = None
             import cometlimit
-            assert threading.active_count() == 1
             assert not logging.getLogger("cometlimit").handlers + logging.getLogger().handlers
             """], check=True, timeout=TIMEOUT, cwd=FOLDER)
 
@@ -518,35 +514,31 @@ class Values(Case):
     """Completions, Records, Metrics and Errors travel between processes."""
 
     def test_survive_pickle_and_copy(self):
-        """Every value comes back equal. An error carries all of its details itself: some who hand
-        it on (Ray) leave out what stands in its class."""
+        """Every value comes back equal. An error has all its details as attributes of its own:
+        some who hand it on (Ray) leave out what stands in its class."""
         script = {cometlimit.RateLimitError: failure("busy", 429),
                   cometlimit.APIStatusError: failure("bad", 400),
                   cometlimit.APIResponseError: failure("bad", 200),
-                  cometlimit.APIConnectionError: hang_up(),
-                  cometlimit.APITimeoutError: stall()}
+                  cometlimit.APIConnectionError: hang_up(), cometlimit.APITimeoutError: stall()}
         values = [self.outcome(line, max_retries=0, timeout=0.1) for line in script.values()]
         self.assertEqual([type(value) for value in values], list(script))
         values += [cometlimit.Error("e", attempts=2), cometlimit.ConfigurationError("c")]
-        with Server(reply("yes")) as server, self.client(server) as client:
-            done = client.complete("Hi")
-            metrics = client.metrics
-        values += [done, values[0].records[0], metrics]
         for value in values:
+            self.assertEqual(set(vars(value)), set(
+                "attempts records retryable retry_after status_code request_id code type param "
+                "message body".split()))
+        with Server(reply("yes")) as server, self.client(server) as client:
+            values += [client.complete("Hi"), values[0].records[0], client.metrics]
+        for value in values:
+            def state(value):
+                return str(value), vars(value) if isinstance(value, cometlimit.Error) else (
+                    {key: vars(stats) for key, stats in value.items()}
+                    if isinstance(value, dict) else value)
             for again in [pickle.loads(pickle.dumps(value, protocol)) for protocol in range(5)] + [
                     copy.copy(value), copy.deepcopy(value)]:
                 with self.subTest(value=value):
                     self.assertIs(type(again), type(value))
-                    if isinstance(value, cometlimit.Error):
-                        self.assertEqual((str(again), vars(again)), (str(value), vars(value)))
-                        self.assertEqual(set(vars(value)), set(
-                            "attempts records retryable retry_after status_code request_id code "
-                            "type param message body".split()))
-                    elif value is metrics:
-                        self.assertEqual({key: vars(stats) for key, stats in again.items()},
-                                         {key: vars(stats) for key, stats in value.items()})
-                    else:
-                        self.assertEqual(again, value)
+                    self.assertEqual(state(again), state(value))
         with self.assertRaisesRegex(TypeError, "make one in each process"):
             pickle.dumps(client)
 
@@ -554,13 +546,12 @@ class Values(Case):
         """Nothing refers to a Future, or so to its outcome, once its callbacks have run."""
         gc.disable()
         self.addCleanup(gc.enable)
-        with Server(reply("yes"), status(400), reply("end")) as server:
+        with Server(forever=lambda request: status(int(request.prompt))) as server:
             with self.client(server) as client:
-                futures = [client.submit("Hi") for _ in range(2)]
-                self.assertTrue(futures[0].result(TIMEOUT) and futures[1].exception(TIMEOUT))
+                futures = [client.submit(code) for code in ("400", "200")]
+                self.assertTrue(all(future.exception(TIMEOUT) for future in futures))
                 left = [weakref.ref(future) for future in futures]
                 del futures
-                client.ask("Hi")  # by when the others' last line has run
                 self.until(lambda: not any(future() for future in left))
 
 
@@ -591,10 +582,9 @@ class OneQuestion(Case):
             list(client.map([body], seed=8))
         self.assertEqual([request.body for request in server.requests], [
             {"messages": talk, "model": "m"}, dict(body, seed=7), dict(body, seed=8)])
-        self.assertEqual(len(body), 3)
 
     def test_is_answered_by_a_completion(self):
-        """A Completion holds what the answer said, and what it took."""
+        """It holds what the answer said and took; without content it has an empty text."""
         def slow(request):
             self.now += 2.5
             return reply("yes", {"x-cometapi-request-id": "r1"}, id="c1")
@@ -602,23 +592,16 @@ class OneQuestion(Case):
         self.assertEqual(done[:-1], ("yes", "m-2024", "stop", {
             "prompt_tokens": 2, "completion_tokens": 3}, "r1", 2, 2.5))
         self.assertEqual(done.body["id"], "c1")
-
-    def test_has_an_empty_text_where_the_model_calls_a_tool(self):
-        """Content that is null, missing or in parts is no failure."""
-        for message, text in (({"content": None, "tool_calls": [{}]}, ""), ({}, ""),
-                              ({"content": [{"type": "text", "text": "a"}, {"text": "b"}]}, "ab")):
-            with self.subTest(message=message):
-                done = self.outcome(reply("", choices=[{"message": message,
-                                                        "finish_reason": "length"}]))
-                self.assertEqual((done.text, done.finish_reason), (text, "length"))
+        for message in ({"content": None, "tool_calls": [{}]}, {}):
+            done = self.outcome(reply("", choices=[{"message": message, "finish_reason": "x"}]))
+            self.assertEqual((done.text, done.finish_reason), ("", "x"))
 
     def test_does_without_a_kept_connection(self):
         """A connection is kept; that a server closes it, announced or not, costs no attempt."""
-        close = {"Connection": "close"}
-        for count, line in ((1, reply("a")), (2, close_idle(reply("a", close))),
-                            (2, close_idle(reply("a"))),
-                            (2, raw(b'HTTP/1.0 200 OK\r\n\r\n'
-                                    b'{"choices": [{"message": {"content": "a"}}]}'))):
+        for count, line in (
+                (1, reply("a")), (2, close_idle(reply("a", {"Connection": "close"}))),
+                (2, close_idle(reply("a"))), (2, raw(
+                    b'HTTP/1.0 200 OK\r\n\r\n{"choices": [{"message": {"content": "a"}}]}'))):
             with self.subTest(count=count), Server(line, reply("b")) as server:
                 with self.client(server, max_retries=0) as client:
                     self.assertEqual([client.ask("Hi"), client.ask("Hi")], ["a", "b"])
@@ -627,22 +610,19 @@ class OneQuestion(Case):
     def test_is_sent_again_on_a_kept_connection_that_died(self):
         """Once, as the same attempt, with a Record of its own: the server may charge for both. A
         second hang-up counts."""
-        records = []
-        with Server(reply("a"), hang_up(), reply("b")) as server:
-            with self.client(server, on_record=records.append) as client:
-                client.ask("Hi")
-                self.assertEqual(client.complete("Hi").attempts, 1)
+        with Server(reply("a"), hang_up(), reply("b"), reset(), hang_up()) as server:
+            records = []
+            with self.client(server, max_retries=0, on_record=records.append) as client:
+                self.assertEqual([client.complete("Hi").attempts for _ in "ab"], [1, 1])
+                error = client.submit("Hi").exception(TIMEOUT)
         self.assertEqual([(record.status, record.attempt, record.error) for record in records], [
-            (200, 1, None), (None, 1, "connection_error"), (200, 1, None)])
-        with Server(reply("a"), reset(), hang_up()) as server:
-            with self.client(server, max_retries=0) as client:
-                client.ask("Hi")
-                with self.assertRaises(cometlimit.APIConnectionError) as caught:
-                    client.ask("Hi")
-        self.assertEqual((caught.exception.attempts, len(caught.exception.records)), (1, 2))
+            (200, 1, None), (None, 1, "connection_error"), (200, 1, None),
+            (None, 1, "connection_error"), (None, 1, "connection_error")])
+        self.assertEqual((error.attempts, error.records), (1, tuple(records[3:])))
 
     def test_may_be_awaited(self):
-        """submit's Future is one for asyncio; that wait_for() gives up hangs up, at once."""
+        """submit's Future is one for asyncio; where wait_for() gives up, the request is hung up
+        on at once."""
         self.real_time()
         loop, gone, records = asyncio.new_event_loop(), threading.Event(), []
         self.addCleanup(loop.close)
@@ -654,29 +634,38 @@ class OneQuestion(Case):
                 self.assertEqual(loop.run_until_complete(ask(TIMEOUT)).text, "yes")
                 with self.assertRaises(asyncio.TimeoutError):
                     loop.run_until_complete(ask(0.1))
-                self.assertEqual(client.submit("Hi").result(TIMEOUT / 2).text, "next")
                 self.assertTrue(gone.wait(TIMEOUT))
+                self.assertEqual(client.submit("Hi").result(TIMEOUT).text, "next")
         self.assertEqual([(record.status, record.attempt) for record in records],
                          [(200, 1), (None, 1), (200, 1)])
 
     def test_can_be_cancelled_until_its_outcome_is_there(self):
-        """What is cancelled in the line is not sent, and nobody waits for it in vain."""
-        gate, ran = threading.Event(), []
+        """In the line it is not sent, nor at the last moment; nobody waits for it in vain."""
+        gate, ran, late = threading.Event(), [], []
 
         def first(request):
             gate.wait(TIMEOUT)
             return reply("a")
-        with Server(first, reply("b")) as server:
-            with self.client(server) as client:
-                calls = [client.submit(prompt) for prompt in "abc"]
-                calls[1].add_done_callback(ran.append)
-                server.await_requests(1)
-                self.assertEqual([calls[1].cancel(), calls[1].cancel()], [True, True])
-                self.assertEqual((ran, calls[1].running()), ([calls[1]], False))
-                gate.set()
-                self.assertEqual(calls[0].result(TIMEOUT).text, "a")
-                self.assertFalse(calls[0].cancel())
-            self.assertEqual(calls[2].result().text, "b")
+
+        def leave(*args, **named):
+            self.until(lambda: late)
+            late[0].cancel()
+            return leaves(*args, **named)
+        leaves = urllib.request.OpenerDirector.open
+        with Server(first, reply("b")) as server, self.client(server) as client:
+            calls = [client.submit("a")]
+            server.await_requests(1)
+            calls += [client.submit("x"), client.submit("b")]
+            calls[1].add_done_callback(ran.append)
+            self.assertEqual([calls[1].cancel(), calls[1].cancel()], [True, True])
+            self.assertEqual((ran, calls[1].running()), ([calls[1]], False))
+            gate.set()
+            self.assertEqual([calls[at].result(TIMEOUT).text for at in (0, 2)], ["a", "b"])
+            self.assertFalse(calls[0].cancel())
+            with unittest.mock.patch("urllib.request.OpenerDirector.open", leave):
+                late.append(client.submit("late"))
+                client.__exit__(None, None, None)
+        self.assertEqual([request.prompt for request in server.requests], ["a", "b"])
 
 
 class AnEndpoint(Case):
@@ -697,24 +686,19 @@ class AnEndpoint(Case):
         self.assertEqual(repr(cometlimit.Client(model="m")),
                          "<cometlimit.Client https://api.cometapi.com/v1 model='m'>")
 
-    def test_may_have_a_query(self):
-        """It is kept on each request, as Azure's ?api-version= has to be."""
-        with Server(status(503), reply("yes")) as server:
-            with self.client(server, base_url=server.url + "/?api-version=1") as client:
-                client.ask("Hi")
-                self.assertEqual(client.base_url, server.url + "?api-version=1")
-        self.assertEqual([request.path for request in server.requests],
-                         ["/v1/chat/completions?api-version=1"] * 2)
-
-    def test_may_have_headers_of_its_own(self):
-        """They win over ours, travel with each attempt, and a login among them needs no key."""
+    def test_may_have_a_query_and_headers(self):
+        """They travel with each attempt, as Azure's ?api-version= has to. Headers win over ours; a
+        login among them needs no key."""
         own = {"authorization": "Basic " + KEY, "X-Team": " a ", "user-agent": "me/1"}
         with Server(status(503), reply("yes"), reply("yes")) as server:
-            self.client(server, headers=own).ask("Hi")
-            self.client(server, api_key=None, headers={"Api-Key": KEY}).ask("Hi")
+            url = server.url + "/?api-version=1"
+            self.client(server, headers=own, base_url=url).ask("Hi")
+            self.client(server, headers={"Api-Key": KEY}, base_url=url, api_key=None).ask("Hi")
+        for request in server.requests:
+            self.assertEqual(request.path, "/v1/chat/completions?api-version=1")
         for request in server.requests[:2]:
-            self.assertEqual({name.lower(): request.headers[name.lower()] for name in own},
-                             {name.lower(): value.strip() for name, value in own.items()})
+            self.assertEqual({name: request.headers[name.lower()] for name in own},
+                             {name: value.strip() for name, value in own.items()})
         self.assertEqual(server.requests[2].headers["api-key"], KEY)
         self.assertNotIn("authorization", server.requests[2].headers)
         for name in ("Authorization", "api-key"):
@@ -727,22 +711,21 @@ class AnEndpoint(Case):
         secret = "hush-hush-0123"
         for name, value in (("Authorization", "Basic " + secret), ("X-Auth-Token", secret),
                             ("Cookie", secret), ("x-client-secret", secret)):
-            with self.subTest(name=name):
-                error = self.outcome(failure("bad " + secret, 400, message="no " + secret),
-                                     headers={name: value})
-                self.assertEqual(error.status_code, 400)
-                self.assertNotIn(secret, str(error) + repr(vars(error)))
+            error = self.outcome(failure("bad " + secret, 400, message="no " + secret),
+                                 headers={name: value})
+            self.assertEqual(error.status_code, 400)
+            self.assertNotIn(secret, str(error) + repr(vars(error)), name)
 
     def test_needs_no_key_over_http(self):
-        """For servers in the next room: allow_http=True takes any host, this machine needs none."""
+        """Which goes to this machine or, with allow_http=True, to any other."""
         with Server(reply("yes"), reply("yes")) as server:
-            for host, options in (("127.0.0.1", {}), ("0.0.0.0", {})):
+            for host in ("127.0.0.1", "0.0.0.0"):
                 url = server.url.replace("127.0.0.1", host)
-                self.client(server, api_key=None, base_url=url, **options).ask("Hi")
+                self.client(server, api_key=None, base_url=url).ask("Hi")
         for request in server.requests:
             self.assertNotIn("authorization", request.headers)
-        far = cometlimit.Client(base_url="http://gpu7:8000/v1", allow_http=True)
-        self.assertEqual(far.base_url, "http://gpu7:8000/v1")
+        url = "http://gpu7:8000/v1"
+        self.assertEqual(cometlimit.Client(base_url=url, allow_http=True).base_url, url)
 
 
 class ManyQuestions(Case):
@@ -750,6 +733,7 @@ class ManyQuestions(Case):
 
     def test_are_answered_in_order(self):
         """Whatever fails or overtakes, the answers come in the prompts' order."""
+        self.fast_clock()
         failed = set()
 
         def line(request):
@@ -770,8 +754,7 @@ class ManyQuestions(Case):
         with Server(forever=line) as server:
             options = dict(api_key=KEY, base_url=server.url, model="m", max_concurrency=1)
             self.assertEqual(cometlimit.ask_all(iter("ab"), temperature=0, **options), ["a", "b"])
-            self.assertEqual(server.requests[0].body, {"model": "m", "temperature": 0, "messages": [
-                {"role": "user", "content": "a"}]})
+            self.assertEqual(set(server.requests[0].body), {"model", "temperature", "messages"})
             got = cometlimit.ask_all(["a", "bad", 5], return_exceptions=True, **options)
             self.assertEqual([getattr(one, "status_code", one) for one in got], ["a", 400, None])
             with self.assertRaises(cometlimit.APIStatusError):
@@ -779,6 +762,7 @@ class ManyQuestions(Case):
 
     def test_are_never_more_than_max_concurrency_at_once(self):
         """The server never sees one more in flight, retries included."""
+        self.fast_clock()
         for bound in (1, 3):
             gate, failed = threading.Barrier(bound), set()
 
@@ -797,32 +781,24 @@ class ManyQuestions(Case):
                 self.assertEqual(server.peak, bound)
 
     def test_may_be_endless(self):
-        """Of an endless source only 16 x max_concurrency prompts are taken ahead."""
+        """Of an endless source only 16 x max_concurrency prompts are taken ahead, and an answer
+        whose turn it is does not wait for another prompt."""
         taken = []
-        source = (taken.append(number) or str(number) for number in itertools.count())
+
+        def source():
+            for number in itertools.count():
+                if number == 4:
+                    server.await_requests(4)  # so the first answer is there
+                taken.append(number)
+                yield str(number)
         with Server(forever=reply_echo) as server:
             with self.client(server, max_concurrency=2) as client:
-                answers = client.map(source)
+                answers = client.map(source())
                 self.assertEqual(taken, [])
                 for number in range(50):
                     self.assertEqual(next(answers).text, str(number))
-                    self.assertLessEqual(len(taken), number + 1 + 32)
+                    self.assertLessEqual(len(taken), number + 1 + (32 if number else 8))
                 answers.close()
-
-    def test_yield_an_answer_before_they_take_another_prompt(self):
-        """An answer whose turn it is does not wait for the source."""
-        def source():
-            yield "0"
-            yield "1"
-            server.await_requests(2)  # so the first answer is there
-            yield "2"
-            early.append("3")
-        early = []
-        with Server(forever=reply_echo) as server, self.client(server) as client:
-            answers = client.map(source())
-            self.assertEqual(next(answers).text, "0")
-            self.assertEqual(early, [])
-            answers.close()
 
     def test_stop_when_their_loop_is_left(self):
         """Nothing more is sent, what is in flight is hung up on, and the client lives on."""
@@ -882,8 +858,8 @@ class ManyQuestions(Case):
         self.assertLess(peak, 50000 * count / 4)
 
     def test_may_come_from_many_threads(self):
-        """A client is shared by threads, and a callback may submit, though not wait."""
-        texts, lock, refused = [], threading.Lock(), []
+        """A client is shared by threads, and a callback may submit."""
+        texts, lock = [], threading.Lock()
 
         def note(call):
             with lock:
@@ -892,11 +868,6 @@ class ManyQuestions(Case):
         def again(call):
             note(call)
             client.submit(call.result().text + "'").add_done_callback(note)
-            for wait in (client.ask, lambda prompts: next(client.map(prompts))):
-                try:
-                    wait("Hi")
-                except cometlimit.ConfigurationError as error:
-                    refused.append(str(error))
         with Server(forever=reply_echo) as server:
             with self.client(server, max_concurrency=3) as client:
                 threads = [threading.Thread(target=lambda name=name: [
@@ -908,8 +879,6 @@ class ManyQuestions(Case):
                     thread.join(TIMEOUT)
         expected = [name + str(number) for name in "abcdef" for number in range(5)]
         self.assertEqual(sorted(texts), sorted(expected + [text + "'" for text in expected]))
-        self.assertEqual(set(refused), {
-            "a callback would wait for itself here: use submit()"})
         self.assertLessEqual(server.peak, 3)
 
 
@@ -1163,15 +1132,14 @@ class ALimit(Case):
         def refuse(request):
             gate.wait(TIMEOUT)
             return status(429, headers={"Retry-After": "20"})
-        with Server(refuse, forever=reply_echo) as server:
-            with self.client(server) as client:
-                calls = [client.submit(name + str(number), model=name)
-                         for number in range(3) for name in "ab"]
-                gate.set()
-                self.assertEqual([call.result(TIMEOUT).text for call in calls],
-                                 ["a0", "b0", "a1", "b1", "a2", "b2"])
+        with Server(refuse, forever=reply_echo) as server, self.client(server) as client:
+            calls = [client.submit("a", model="a")]
+            server.await_requests(1)
+            calls += [client.submit(model, model=model) for model in "bababa"]
+            gate.set()
+            self.assertEqual([call.result(TIMEOUT).text for call in calls], list("abababa"))
         first, *others = server.requests
-        self.assertEqual([request.prompt for request in others[:3]], ["b0", "b1", "b2"])
+        self.assertEqual([request.prompt for request in others[:3]], list("bbb"))
         for request in others[3:]:
             self.assertGreaterEqual(request.time, first.time + 20.0)
 
@@ -1182,16 +1150,15 @@ class ALimit(Case):
         def line(request):
             held = request.body["model"] == "a"
             return status(503, headers={"Retry-After": "25"}) if held else reply_echo(request)
-        for free in (False, True):
-            if free:
-                self.throttle(wait=lambda *_: 0.0)
-            with self.subTest(free=free), Server(forever=line) as server:
+        for methods in ({}, {"wait": lambda *_: 0.0}):
+            self.throttle(**methods)
+            with self.subTest(methods), Server(forever=line) as server:
                 client = self.client(server, max_concurrency=2)
                 held = [client.submit("Hi", model="a") for _ in range(40)]
                 server.await_requests(1)
-                for number in range(10):
-                    done = client.submit(str(number), model="b").result(TIMEOUT / 2)
-                    self.assertEqual(done.text, str(number))
+                for text in "012345":
+                    done = client.submit(text, model="b").result(TIMEOUT)
+                    self.assertEqual(done.text, text)
                 client.close()
                 self.assertTrue(all(call.exception(TIMEOUT) for call in held))
 
@@ -1221,10 +1188,9 @@ class ALimit(Case):
             return reply_echo(request)
         with Server(forever=line) as server:
             with self.client(server, deadline=1e6, max_concurrency=2) as client:
-                client.submit("z")
-                server.await_requests(1)
-                for prompt in "abc":
+                for number, prompt in enumerate("zabc"):
                     client.submit(prompt)
+                    server.await_requests(min(2, number + 1))
         self.assertEqual([request.prompt for request in server.requests], list("zabcad"))
 
     def test_wakes_whom_an_answer_lets_go(self):
@@ -1362,32 +1328,24 @@ class ACheck(Case):
     """check= is asked whether an answer will do."""
 
     def test_makes_a_failure_of_an_answer_that_will_not_do(self):
-        """False or an exception: the prompt is tried again, and the error has the answer."""
-        seen, records = [], []
-
-        def check(completion):
-            seen.append(completion.text)
-            return json.loads(completion.text)
-        with Server(reply("{"), reply("false"), reply("null")) as server:
-            client = self.client(server, check=check, on_record=records.append)
-            self.assertEqual(client.complete("Hi").attempts, 3)
-        self.assertEqual(seen, ["{", "false", "null"])
-        self.assertEqual([(record.status, record.error, record.completion_tokens)
-                          for record in records], [(200, "check_failed", 3)] * 2 + [(200, None, 3)])
-        error = self.outcome(*[reply("bad", {"x-request-id": "r1"})] * 2, max_retries=1,
-                             check=lambda completion: 1 / 0)
-        self.assert_error(error, cometlimit.APIResponseError, "the answer did not pass the check: "
-                          "ZeroDivisionError: division by zero", code="check_failed", attempts=2,
-                          retryable=True, status_code=200, request_id="r1")
-        self.assertEqual(error.body["choices"][0]["message"]["content"], "bad")
-
-    def test_takes_all_else_for_a_yes_and_teaches_the_throttle_nothing(self):
-        """A check that fails says nothing about load; only False is a no."""
-        told = []
+        """False or an exception: it is tried again, which tells the throttle nothing about load,
+        and the error has the answer. All else is a yes."""
+        told, records = [], []
         self.throttle(refused=lambda *args: told.append(args))
         for value in (True, None, 0, ""):
             self.assertEqual(self.outcome(reply("yes"), check=lambda _: value).attempts, 1)
-        self.outcome(*[reply("bad")] * 5, check=lambda completion: False)
+        done = self.outcome(reply("{"), reply("false"), reply("null"), on_record=records.append,
+                            check=lambda completion: json.loads(completion.text))
+        self.assertEqual((done.text, done.attempts), ("null", 3))
+        self.assertEqual([(record.status, record.error, record.completion_tokens)
+                          for record in records], [(200, "check_failed", 3)] * 2 + [(200, None, 3)])
+        error = self.outcome(*[reply("bad", {"x-request-id": "r1"})] * 5,
+                             check=lambda completion: 1 / 0)
+        self.assertEqual((type(error), error.code, error.attempts, error.retryable,
+                          error.status_code, error.request_id), (
+            cometlimit.APIResponseError, "check_failed", 5, True, 200, "r1"))
+        self.assertRegex(str(error), "check: ZeroDivisionError: division by zero")
+        self.assertEqual(error.body["choices"][0]["message"]["content"], "bad")
         self.assertEqual(told, [])
 
 
@@ -1497,133 +1455,100 @@ class ADeadline(Case):
 class BadInput(Case):
     """Is a ConfigurationError that says what was met, before anything is sent."""
 
-    def refused(self, text, job, **options):
+    def refused(self, words, job, **options):
         with self.assertRaises(cometlimit.ConfigurationError) as caught:
             job(**options)
         error = caught.exception
-        self.assertEqual(str(error), text)
+        self.assertIn(words, str(error))
         self.assertEqual((error.attempts, error.retryable, error.code),
                          (0, False, "invalid_request"))
-        shown = "".join(traceback.format_exception(type(error), error, error.__traceback__))
-        self.assertNotIn(KEY, shown + repr(vars(error)))
+        self.assertNotIn(KEY, "".join(traceback.format_exception(
+            type(error), error, error.__traceback__)) + repr(vars(error)))
 
     def test_of_the_constructor(self):
         """Numbers, callbacks, headers and files are checked."""
-        whole = "%s is a whole number from %d, not %r"
-        span = "%s is a number of %s above 0, not %r"
-        table = [(name, value, whole % (name, least, value)) for name, least, values in (
-            ("max_concurrency", 1, (0, -1, 2.5, True, "5", None)),
-            ("max_retries", 0, (-1, 1.0, False, "4", None))) for value in values]
-        table += [(name, value, span % (name, unit, value)) for name, unit in (
-            ("max_delay", "seconds"), ("timeout", "seconds"), ("deadline", "seconds"),
-            ("max_rate", "requests a second")) for value in (
-                0, -1, "30", True, NAN, float("inf"), float("-inf"),
-                1e300)]  # which no clock of a thread can wait for
-        table += [("timeout", None, span % ("timeout", "seconds", None)),
-                  ("max_delay", None, span % ("max_delay", "seconds", None)),
-                  ("on_record", 5, "on_record is a function, not 5"),
-                  ("check", "x", "check is a function, not 'x'"),
-                  ("stream", "yes", "stream is None, True or False, not 'yes'")]
-        bad = "headers= has a name or a value that no header can have: %r"
-        table += [("headers", {name: value}, bad % name) for name, value in (
-            ("X Team", "a"), ("", "a"), ("X:", "a"), ("X\n", "a"), (b"X", "a"), ("X", ""),
-            ("X", "a\r\nY: b"), ("X", "caf\xe9"), ("X", 5), ("X", None))]
-        table += [("headers", {name: "a"}, "the header %s cannot be set" % name) for name in (
-            "Host", "connection", "Content-Length", "TRANSFER-ENCODING")]
-        for name, value, text in table:
+        def whole(least):
+            return "%%s is a whole number from %d, not %%r" % least
+        seconds, rate = ("%%s is a number of %s above 0, not %%r" % unit
+                         for unit in ("seconds", "requests a second"))
+        never = (0, -1, "30", True, NAN, float("inf"), float("-inf"),
+                 1e300)  # which no clock of a thread can wait for
+        for name, words, values in (
+                ("max_concurrency", whole(1), (0, -1, 2.5, True, "5", None)),
+                ("max_retries", whole(0), (-1, 1.0, False, "4", None)),
+                ("timeout", seconds, never + (None,)), ("max_delay", seconds, never + (None,)),
+                ("deadline", seconds, never), ("max_rate", rate, never),
+                ("on_record", "%s is a function, not %r", (5,)), ("check", "%s is", ("x",)),
+                ("stream", "%s is", ("yes",)), ("ca_file", "'/no/file'", ("/no/file",))):
+            for value in values:
+                with self.subTest(name=name, value=value):
+                    expected = words % ((name, value)[:words.count("%")])
+                    self.refused(expected, cometlimit.Client, api_key=KEY, **{name: value})
+        for name, value in (("X Team", "a"), ("", "a"), ("X:", "a"), ("X\n", "a"), (b"X", "a"),
+                            ("X", ""), ("X", "a\r\nY: b"), ("X", "caf\xe9"), ("X", 5),
+                            ("X", None), ("Host", "a"), ("connection", "a"),
+                            ("Content-Length", "1"), ("TRANSFER-ENCODING", "a")):
             with self.subTest(name=name, value=value):
-                self.refused(text, cometlimit.Client, **{"api_key": KEY, name: value})
-        with self.assertRaisesRegex(cometlimit.ConfigurationError, "ca_file.*/no/file"):
-            cometlimit.Client(api_key=KEY, ca_file="/no/file")
+                self.refused("header", cometlimit.Client, api_key=KEY, headers={name: value})
 
     def test_of_the_key(self):
         """A missing key, or one with a character that no key has, is never shown."""
         for key in (None, "", " \r\n\ufeff", b"sk", 5):
             with self.subTest(key=key):
-                self.refused("there is no API key: set COMETAPI_KEY, or pass api_key=",
-                             cometlimit.Client, api_key=key)
+                self.refused("there is no API key", cometlimit.Client, api_key=key)
         for sign in " \n\r\t\0\x7f\xa0\xe9\u2019\u200b\ufeff":
             with self.subTest(sign=sign):
-                self.refused("the API key has a character that no key has (a space, a line break, "
-                             "a typographic quote): copy it again",
+                self.refused("the API key has a character that no key has",
                              cometlimit.Client, api_key=KEY + sign + KEY)
 
     def test_of_the_address(self):
-        """Whatever is no https address, or http of this machine, is refused."""
-        with self.assertRaises(ValueError) as caught:
-            self.assertIsNone(urllib.parse.urlsplit("http://h:65536").port)
-        port = str(caught.exception)  # in the words of this Python
-        plain = "http:// would show the key on its way: say https://, or allow_http=True"
-        user = "a user name (the key goes into COMETAPI_KEY)"
-        for url, text in (
-                ("", "https:// is missing"), ("example.com/v1", "https:// is missing"),
-                ("ftp://example.com", "https:// is missing"),
-                ("file:///etc/passwd", "https:// is missing"),
-                ("https:///v1", "no host or no port"), ("https://h:0/v1", "no host or no port"),
-                ("https://h/v1#top", "a fragment"), ("http://example.com/v1", plain),
+        """Whatever is no https address, or http of this machine, is refused; no key is shown."""
+        scheme, host, plain = "https:// is missing", "no host or no port", "allow_http=True"
+        user, sign = "a user name", "a character that no URL has"
+        for url, words in (
+                ("", scheme), ("example.com/v1", scheme), ("ftp://example.com", scheme),
+                ("file:///etc/passwd", scheme), (KEY, scheme), ("https:///v1", host),
+                ("https://h:0/v1", host), ("https://h/v1#top", "a fragment"),
+                ("https://h/v1#" + KEY, "a fragment"), ("http://example.com/v1", plain),
                 ("http://127.0.0.1.example.com", plain), ("http://localhost.example.com", plain),
-                ("http://0.0.0.0.example.com", plain), ("https://h:65536/v1", port),
-                ("https://h/v 1", "a character that no URL has"),
-                ("https://h/v\xe9", "a character that no URL has"), ("https://user@h/v1", user),
-                ("https://%s@h/v1" % KEY.replace("/", ""), user), ("https://me:word@h/v1", user)):
+                ("http://0.0.0.0.example.com", plain), ("http://10.0.0.1", plain),
+                ("http://%s/v1" % KEY, ""), ("https://h:65536/v1", ""), ("https://h:x/v1", ""),
+                ("https://[::1/v1", ""), ("https://%s.com" % ("a" * 64), ""),
+                ("https://h:" + KEY, ""), ("https://h/v 1", sign), ("https://h/v\xe9", sign),
+                ("https://user@h/v1", user), ("https://me:word@h/v1", "//***@h/v1"),
+                ("https://%s@h" % KEY.replace("/", ""), user), ("https://u:%s@h" % KEY, "")):
             with self.subTest(url=url):
-                shown = re.sub("//.*@", "//***@", url)
-                self.refused("the base URL %r cannot be used: %s" % (shown, text),
-                             cometlimit.Client, api_key=KEY, base_url=url)
-        for url in ("https://h:x/v1", "https://[::1/v1", "https://%s.com" % ("a" * 64)):
-            with self.subTest(url=url), self.assertRaises(cometlimit.ConfigurationError):
-                cometlimit.Client(api_key=KEY, base_url=url)
+                self.refused(words, cometlimit.Client, api_key=KEY, base_url=url)
         for url, base in (("http://localhost:1/v1/", None), ("http://[::1]:1", None),
                           ("http://127.1.2.3/", None), ("http://0.0.0.0:8000", None),
                           ("https://h:65535", None), ("HTTPS://H/v1/", "https://H/v1"),
-                          ("https://h/v1/chat/completions/", "https://h/v1")):
+                          ("https://h/v1/chat/completions/", "https://h/v1"),
+                          ("https://h/v1?key=" + KEY, "https://h/v1?key=***")):
             with self.subTest(url=url):
-                self.assertEqual(cometlimit.Client(api_key=KEY, base_url=url).base_url,
-                                 base or url.rstrip("/"))
-
-    def test_does_not_show_a_key_in_the_address(self):
-        """Wherever in the base URL the key was pasted, it is not shown."""
-        for url in ("https://h/v1?key=" + KEY, "https://h/v1#" + KEY, KEY, "https://u:%s@h" % KEY,
-                    "http://%s/v1" % KEY, "https://h:" + KEY):
-            with self.subTest(url=url):
-                try:
-                    client = cometlimit.Client(api_key=KEY, base_url=url)
-                    self.assertNotIn(KEY, client.base_url + repr(client))
-                except cometlimit.ConfigurationError:
-                    self.assertNotIn(KEY, traceback.format_exc())
+                client = cometlimit.Client(api_key=KEY, base_url=url)
+                self.assertEqual(client.base_url, base or url.rstrip("/"))
+                self.assertIn(client.base_url, repr(client))
 
     def test_of_the_request(self):
-        """A prompt is text, messages or a dict with them, and parameters are JSON."""
+        """A prompt is text, messages or a dict with them; parameters are JSON, and no options."""
         loop, hi = [], [{"role": "user", "content": "Hi"}]
         loop.append(loop)
-        prompt = ("a prompt is a string, a list of messages (dicts), or a dict with such messages, "
-                  "not %s")
-        model = 'no model is named: Client(model="your-model-id")'
-        option = "%s is no field of a request: it is an option of Client"
-        streams = option % "stream, with its options,"
-        table = [(5, {}, prompt % "int"), (None, {}, prompt % "NoneType"),
-                 (b"Hi", {}, prompt % "bytes"), ({"role": "user"}, {}, prompt % "dict"),
-                 ([], {}, prompt % "list"), (["Hi"], {}, prompt % "list"),
-                 ([{"role": "user"}, "Hi"], {}, prompt % "list"),
-                 ({"messages": "Hi"}, {}, prompt % "dict"), ("Hi", {"model": ""}, model),
-                 ("Hi", {"model": None}, model), ("Hi", {"model": 5}, model),
-                 ({"messages": hi, "model": ""}, {}, model),
-                 ("Hi", {"stream_options": {}}, streams)]
-        for name in parameters(cometlimit.Client):
-            if name != "model":  # it would travel in the body, and do nothing
-                table += [("Hi", {name: KEY}, option % name),
-                          ({"messages": hi, name: KEY}, {}, option % name)]
+        prompt, model = "a prompt is a string", "no model is named"
+        table = [(bad, {}, prompt) for bad in (
+            5, None, b"Hi", {"role": "user"}, [], ["Hi"], hi + ["Hi"], {"messages": "Hi"})]
+        table += [("Hi", {"model": bad}, model) for bad in ("", None, 5)]
+        table += [({"messages": hi, "model": ""}, {}, model)]
+        table += [("Hi", {"temperature": bad}, "JSON") for bad in (
+            NAN, float("inf"), {1, 2}, b"x", object(), loop, {(1, 2): 3})]
+        for name in set(parameters(cometlimit.Client)) - {"model"} | {"stream_options"}:
+            words = "stream" if name.startswith("stream") else name  # it would do nothing there
+            table += [("Hi", {name: KEY}, words), ({"messages": hi, name: KEY}, {}, words)]
         with Server() as server, self.client(server) as client:
-            for bad, params, text in table:
+            for bad, params, words in table:
                 with self.subTest(bad=bad, **params):
-                    self.refused(text, lambda: client.submit(bad, **params))
-            for value in (NAN, float("inf"), {1, 2}, b"x", object(), loop, {(1, 2): 3}):
-                with self.subTest(value=value), self.assertRaisesRegex(
-                        cometlimit.ConfigurationError, "the request cannot be made JSON: "):
-                    client.submit("Hi", temperature=value)
+                    self.refused(words, lambda: client.submit(bad, **params))
             for prompts in ("Hi", b"Hi", {"messages": hi}):
-                self.refused("prompts is a list of prompts; for a single one there is ask()",
-                             lambda: list(client.map(prompts)))
+                self.refused("there is ask()", lambda: list(client.map(prompts)))
             with self.assertRaises((cometlimit.ConfigurationError, TypeError)):
                 list(client.map(5))
         self.assertEqual(server.requests, [])
@@ -1683,6 +1608,7 @@ class TheEnd(Case):
 
     def test_of_a_with_block_waits_for_what_was_submitted(self):
         """All is answered, and its callbacks have run to their end."""
+        self.fast_clock()
         texts = []
 
         def note(call):
@@ -1730,8 +1656,9 @@ class TheEnd(Case):
             client = self.client(server, on_record=lambda record: seen.set())
             rests = client.submit("rests", model="n")
             self.assertTrue(seen.wait(TIMEOUT))
-            flies, waits = client.submit("flies"), client.submit("waits")
+            flies = client.submit("flies")
             server.await_requests(2)
+            waits = client.submit("waits")
             start = time.monotonic()
             client.close()
             for call, attempts in ((rests, 1), (flies, 1), (waits, 0)):
@@ -1761,8 +1688,9 @@ class TheEnd(Case):
                              on_record=lambda record: seen.set()) as client:
                 rests = client.submit("rests", model="n")
                 self.assertTrue(seen.wait(TIMEOUT))
-                flies, fails, waits = map(client.submit, ("flies", "fails", "waits"))
+                flies, fails = client.submit("flies"), client.submit("fails")
                 server.await_requests(3)
+                waits = client.submit("waits")
                 client.stop()
                 for call, attempts in ((rests, 1), (waits, 0)):
                     self.assert_error(call.exception(TIMEOUT), cometlimit.Error, "given up: the "
@@ -1787,30 +1715,36 @@ class TheEnd(Case):
             self.threads_end()
 
     def process(self, server, source):
-        """A process that begins with these lines, where `client` is a Client."""
+        """A process with these lines, where `client` is a Client; a line of input interrupts it,
+        by a signal that another thread than the main one gets."""
         os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
-        return subprocess.Popen(
-            [sys.executable, "-c", "import signal, threading, cometlimit\n"
-             "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-             "client = cometlimit.Client(api_key=%r, base_url=%r, model='m')\n%s" % (
-                 KEY, server.url, source)],
-            cwd=Compiled.folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        return subprocess.Popen([sys.executable, "-c", """if True:
+            import signal, sys, threading, cometlimit
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            threading.Thread(target=lambda: sys.stdin.readline() and signal.pthread_kill(
+                threading.get_ident(), signal.SIGINT), daemon=True).start()
+            client = cometlimit.Client(api_key=%r, base_url=%r, model="m")
+            %s""" % (KEY, server.url, source)], cwd=Compiled.folder, stdin=subprocess.PIPE,
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
     def test_by_ctrl_c_is_quick(self):
-        """The process is gone in less than a second, whatever it waits for."""
+        """The process is gone in less than a second, whatever it waits for and whichever of its
+        threads the system gives the signal to."""
         held = status(503, headers={"Retry-After": "30"})
-        for line, job in ((stall(), "client.ask('Hi')"), (held, "client.ask('Hi')"),
-                          (stall(), "list(client.map(map(str, range(100))))"),
-                          (stall(), "with client:\n for _ in range(9): client.submit('Hi')"),
-                          (held, "with client:\n for _ in range(9): client.submit('Hi')")):
+        block = "with client: [client.submit('Hi') for _ in range(9)]"
+        for line, job, direct in (
+                (stall(), "client.ask('Hi')", False), (held, "client.ask('Hi')", True),
+                (stall(), "list(client.map(map(str, range(100))))", False),
+                (stall(), block, False), (held, block, True)):
             with self.subTest(job=job), Server(forever=line) as server:
                 with self.process(server, job) as process:
                     try:
                         server.await_requests(1)
                         time.sleep(0.1)
                         start = time.monotonic()
-                        process.send_signal(signal.SIGINT)
-                        text = process.communicate(timeout=TIMEOUT)[1].decode()
+                        if direct:
+                            process.send_signal(signal.SIGINT)
+                        text = process.communicate(b"" if direct else b"\n", TIMEOUT)[1].decode()
                         took = time.monotonic() - start
                     finally:
                         process.kill()
@@ -1821,8 +1755,8 @@ class TheEnd(Case):
     def test_of_the_interpreter_waits_for_what_was_submitted(self):
         """Without a with block it is still sent, and its callbacks run."""
         with Server(forever=reply_echo) as server, self.process(
-                server, "for n in range(12):\n client.submit(str(n)).add_done_callback(\n"
-                "  lambda call: print(call.result().text, flush=True))") as process:
+                server, "[client.submit(str(n)).add_done_callback(lambda call: print("
+                "call.result().text, flush=True)) for n in range(12)]") as process:
             try:
                 out, err = process.communicate(timeout=TIMEOUT)
             finally:
@@ -1830,17 +1764,33 @@ class TheEnd(Case):
         self.assertEqual((sorted(map(int, out.split())), err), (list(range(12)), b""))
 
     def test_of_a_callback_is_not_that_of_a_thread(self):
-        """A callback that raises, sys.exit() included, costs no other answer, and no thread."""
-        with Server(forever=reply_echo) as server:
+        """A callback that raises, sys.exit() included, costs no other answer and no thread. One
+        that would wait for itself is told so."""
+        gate = threading.Event()
+
+        def line(request):
+            gate.wait(TIMEOUT)
+            return reply_echo(request)
+
+        def ask(call):
+            for wait in (client.ask, lambda prompts: next(client.map(prompts))):
+                with self.assertRaisesRegex(cometlimit.ConfigurationError, "callback.*submit"):
+                    wait(["Hi"])
+            asked.append(call)
+        asked = []
+        with Server(forever=line) as server:
             for fault, logger in ((ValueError, "concurrent.futures"), (SystemExit, "cometlimit")):
                 def bad(call):
                     raise fault("callback")
                 with self.subTest(fault=fault), self.assertLogs(logger, "ERROR") as logs:
+                    gate.clear()
                     with self.client(server) as client:
                         for number in range(5):
                             client.submit(str(number)).add_done_callback(bad)
-                        self.assertEqual(client.submit("b").result(TIMEOUT).text, "b")
-                    self.assertEqual(len(logs.records), 5)
+                        client.submit("b").add_done_callback(ask)
+                        gate.set()
+                self.assertEqual(len(logs.records), 5)
+        self.assertEqual(len(asked), 2)
 
     @unittest.skipUnless(hasattr(os, "fork"), "there is no fork here")
     def test_of_a_fork_is_of_no_concern_to_the_other(self):
