@@ -905,7 +905,8 @@ class Throttle:
             return 0.0
         if self.rate is None:                   # doubles each second
             return 1 / (self._ramp + 0.69 * (self._count - self._first))
-        return 1 / (self.DIP * self.rate + self.rate ** self.EVEN * self._growth(now))
+        grown: float = self.rate ** self.EVEN * self._growth(now)
+        return 1 / (self.DIP * self.rate + grown)
 
     def _congested(self, ticket: Ticket, now: float, told: float) -> None:
         empty = self._suspect or ticket
