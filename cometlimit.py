@@ -1114,7 +1114,8 @@ def _read(response: http.client.HTTPResponse, request: _Request) -> bytes:
             body += piece
             if len(body) > (_MAX_ANSWER if good else _MAX_ERROR):
                 break
-            if body.endswith((b"data: [DONE]\n\n", b"data: [DONE]\r\n\r\n", b"data: [DONE]")):
+            # No line of JSON begins so; what follows it may have come in the same piece.
+            if re.search(rb"[\r\n]data: ?\[DONE\]", body[-len(piece) - 16:]):
                 request.expires = min(request.expires, _now() + _AFTER_DONE)
         else:
             if response.length:  # read(n) does not tell: python/cpython#115997
@@ -1194,6 +1195,8 @@ class _Connection(io.RawIOBase):
         """Send a request, and read the head of its answer."""
         self.request, self.heard, request.connection = request, 0, self
         try:
+            if request.cut:  # before hang_up() could find this connection
+                raise ConnectionAbortedError("hung up")
             if not self.stands:
                 self._connect()
             early = self._send(request)
