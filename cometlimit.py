@@ -1102,7 +1102,8 @@ def _read(response: http.client.HTTPResponse, request: _Request) -> bytes:
             body += piece
             if len(body) > (_MAX_ANSWER if good else _MAX_ERROR):
                 break
-            if body[-20:].rstrip().endswith(b"data: [DONE]"):
+            # No line of JSON begins so; what follows may have come in the same piece.
+            if re.search(rb"[\r\n]data: ?\[DONE\]", body[-len(piece) - 16:]):
                 request.expires = min(request.expires, _now() + _AFTER_DONE)
         else:
             if response.length:  # read(n) does not tell: python/cpython#115997
@@ -1178,9 +1179,9 @@ class _Connection(io.RawIOBase):
         """Send a request, and read the head of its answer."""
         self.request, self.heard, request.connection = request, 0, self
         try:
+            self._refuse_cut()  # hang_up() may have come before it could find this
             if not self.stands:
                 self._connect()
-            self._refuse_cut()
             refused_early = not self._send(request)
             response = http.client.HTTPResponse(self.reader, method="POST")
             response.begin()

@@ -2897,364 +2897,97 @@ class Port(Server):
         super().__init__(tls=tls)
         self.job = job
 
+    def __enter__(self):
+        super().__enter__()
+        self.https = "https://127.0.0.1:%d/v1" % self.port
+        return self
+
     def serve(self, sock, number):
         if self.tls:
-            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-            context.load_cert_chain(certificate(self.tls))
-            sock = self.own(context.wrap_socket(sock, server_side=True))
+            sock = self.own(server_context(self.tls).wrap_socket(sock, server_side=True))
         with sock:
             self.job(sock)
 
 
-def read_request(sock):
-    """The bytes of one request, or what has come of it."""
-    data = b""
-    while b"\r\n\r\n" not in data:
-        data += sock.recv(1 << 16) or b"\r\n\r\n"
-    head, _, body = data.partition(b"\r\n\r\n")
-    size = int(head.lower().partition(b"content-length:")[2].split()[0]) if body else 0
-    while len(body) < size:
-        body += sock.recv(1 << 16)
-    return head + b"\r\n\r\n" + body
+def server_context(tls, file=None):
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(file or certificate(tls))
+    return context
 
 
 def flood(start, piece, pause=0.0):
     """These bytes, then a piece after the other until the client hangs up."""
     def send(sock):
         sock.sendall(start)
-        while True:
+        while piece:
             sock.sendall(piece)
             time.sleep(pause)
+        stall().send(sock)
     return Line(send)
 
 
-def special(label, name, authority="ca", days=2, extensions=()):
-    """A certificate that something is wrong with, as certificate(label) and Server(tls=label)."""
-    certificate("ca")
-    base, issuer = os.path.join(Certificates.folder, label + "1"), certificate("ca")
-    if label != authority and authority != "ca":
-        issuer = certificate(authority)
-    with open(base + ".cnf", "w") as file:
-        file.write("[req]\ndistinguished_name=dn\nprompt=no\n[dn]\nCN=%s\n[ext]\n%s" % (
-            name, "\n".join(extensions or (
-                "basicConstraints=critical,CA:FALSE", "subjectKeyIdentifier=hash",
-                "authorityKeyIdentifier=keyid", "subjectAltName=IP:" + name))))
-    signer = ("-signkey", base + ".key") if label == authority else (
-        "-CAcreateserial", "-CA", issuer, "-CAkey", issuer)
-    for words in (("req", "-new", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes",
-                   "-config", base + ".cnf", "-keyout", base + ".key", "-out", base + ".csr"),
-                  ("x509", "-req", "-days", str(days), "-in", base + ".csr", "-out", base + ".crt",
-                   "-extfile", base + ".cnf", "-extensions", "ext") + signer):
-        subprocess.run(("openssl",) + words, check=True, stdout=subprocess.DEVNULL,
-                       stderr=subprocess.DEVNULL, timeout=TIMEOUT)
-    with open(base + ".pem", "w") as pem:
-        for end in (".crt", ".key"):
-            with open(base + end) as part:
-                pem.write(part.read())
-    return base + ".pem"
+def certify_again(name, label, days="2", extensions=None):
+    """Another certificate for the subject and key of certificate(name)."""
+    certificate(name)
+    base = os.path.join(Certificates.folder, name + "1")
+    with open(base + ".cnf") as file, open(base + label + ".cnf", "w") as other:
+        other.write(file.read() if extensions is None else "[ext]\n" + extensions)
+    signer = ["-signkey", base + ".key"] if name == "ca" else [
+        "-CAcreateserial", "-CA", certificate("ca"), "-CAkey", certificate("ca")]
+    subprocess.run(["openssl", "x509", "-req", "-days", days, "-in", base + ".csr", "-out",
+                    base + label, "-extfile", base + label + ".cnf", "-extensions", "ext"] + signer,
+                   check=True, stderr=subprocess.DEVNULL, timeout=TIMEOUT)
+    with open(base + ".key") as key, open(base + label, "a") as pem:
+        pem.write(key.read())
+    return base + label
 
 
 HEAD = b"HTTP/1.1 200 OK\r\n"
+CHUNKED = b"Transfer-Encoding: chunked\r\n\r\n"
 GOOD = json.dumps({"choices": [{"message": {"content": "all"}}]}).encode()
-NOWFOLDER = types.SimpleNamespace(url="https://127.0.0.1:1/v1")
+FRAMED = b"Content-Length: %d\r\n\r\n%s" % (len(GOOD), GOOD)
+NOWHERE = "https://127.0.0.1:1/v1"
 SCHEMES = (None, "127.0.0.1")  # as tls= of a Server
 
 
 class Hostile(Case):
     """What the classes below share."""
 
-    maxDiff = None
-
     def client(self, server, **options):
-        if getattr(server, "tls", None):
-            certificate(server.tls)  # now, not at the first handshake
+        """A client of a Server, or of a URL."""
+        if isinstance(server, str):
+            server = types.SimpleNamespace(url=server, tls=server.startswith("https"))
+        if server.tls:
+            certificate("127.0.0.1")  # now, not in the handshake
             options.setdefault("ca_file", certificate("ca"))
         return super().client(server, **options)
 
-    def outcome_at(self, client, prompt="Hi", **params):
+    def outcome_at(self, client, prompt="Hi"):
         try:
-            return client.complete(prompt, **params)
+            return client.complete(prompt)
         except cometlimit.Error as error:
             return error
 
+    def replace(self, place, **values):
+        """Replace attributes until the test ends."""
+        for name, value in values.items():
+            patch = unittest.mock.patch.object(place, name, value)
+            patch.start()
+            self.addCleanup(patch.stop)
 
-class AHostileAnswer(Hostile):
-    """Costs at most its attempt: no hang, no crash, no memory, no wrong text."""
+    def addresses(self, *ports, seconds=0.0):
+        """From now on "localhost" has these ports of 127.0.0.1 for addresses, which takes a while
+        to find."""
+        original, slow = socket.getaddrinfo, threading.Event()
 
-    def test_ends_at_the_timeout(self):
-        """Whatever drips or floods, in whichever part, over http and https."""
-        self.real_time()
-        chunked = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
-        early, header = b"HTTP/1.1 100 Continue\r\n\r\n", b"X: y\r\n"
-        lines = [drip(part, 3.0) for part in ("status", "headers", "body", "chunks")] + [
-            flood(b"", early, 0.02), flood(b"", early), flood(chunked + b"0\r\n", header, 0.02),
-            flood(chunked + b"0\r\n", header), flood(HEAD, header, 0.02),
-            flood(HEAD.replace(b"200 OK", b"503 No") + b"\r\n", b" ", 0.02)]
-        for tls in SCHEMES:
-            with Server(*lines, tls=tls) as server, self.client(
-                    server, timeout=0.25, max_retries=0, max_concurrency=len(lines)) as client:
-                for error in client.map(["Hi"] * len(lines), return_exceptions=True):
-                    with self.subTest(tls=tls):
-                        self.assertIsInstance(error, cometlimit.Error)
-                        self.assertTrue(error.retryable, error)
-                        self.assertLess(error.records[0].latency, 2.0)
-
-    def test_is_no_answer_wherever_it_is_cut_off(self):
-        """The end of the connection after any byte is a failure that may pass."""
-        bodies = (HEAD + b"Content-Length: %d\r\n\r\n" % len(GOOD) + GOOD,
-                  HEAD + b"Transfer-Encoding: chunked\r\n\r\n%x\r\n%s\r\n%x\r\n%s\r\n0\r\n\r\n" % (
-                      16, GOOD[:16], len(GOOD) - 16, GOOD[16:]))
-        for tls, step in zip(SCHEMES, (1, 9)):
-            for whole in bodies:
-                cuts = range(0, len(whole), step)
-                with Server(*[raw(whole[:cut]) for cut in cuts], tls=tls) as server:
-                    with self.client(server, max_retries=0) as client:
-                        for cut in cuts:
-                            done = self.outcome_at(client)
-                            if whole[:cut].count(GOOD[-9:]):  # only the framing's end is missing
-                                self.assertEqual(getattr(done, "text", "all"), "all")
-                                continue
-                            with self.subTest(tls=tls, cut=whole[max(0, cut - 20):cut]):
-                                self.assertIsInstance(done, (cometlimit.APIConnectionError,
-                                                             cometlimit.APIResponseError))
-                                self.assertTrue(done.retryable, repr(done))
-                self.assertEqual(len(server.requests), len(cuts))
-
-    def test_takes_no_more_memory_than_is_allowed(self):
-        """A body too long is left unread, however it is framed; an error's sooner."""
-        self.real_time()
-        self.addCleanup(setattr, cometlimit, "_MAX_ANSWER", cometlimit._MAX_ANSWER)
-        chunked = b"Transfer-Encoding: chunked\r\n\r\n"
-        for code, most in ((b"400", cometlimit._MAX_ANSWER), (b"200", 1 << 18)):
-            cometlimit._MAX_ANSWER = most
-            for frame in (b"\r\n", b"Content-Length: 10000000000\r\n\r\n",
-                          chunked + b"fffffffffffff\r\n", chunked + b"-70000\r\n") + (
-                              (chunked + b"-1\r\n",) if code == b"200" else ()):
-                start = b"HTTP/1.1 %s Any\r\n%s" % (code, frame)
-                with Server(flood(start, b" " * (1 << 16))) as server:
-                    with self.client(server, max_retries=0, timeout=0.7) as client:
-                        tracemalloc.start()
-                        try:
-                            error = self.outcome_at(client)
-                            peak = tracemalloc.get_traced_memory()[1]
-                        finally:
-                            tracemalloc.stop()
-                with self.subTest(code=code, frame=frame):
-                    self.assertIsInstance(error, cometlimit.Error)
-                    self.assertLess(peak, 16 << 20)
-                    if b"-" not in frame[:-2].split(b":")[-1]:
-                        self.assertEqual((error.status_code, error.retryable), (int(code), False))
-
-    def test_announces_more_than_comes(self):
-        """A Content-Length of 10 ** 10 is not believed beforehand."""
-        with Server(raw(HEAD + b"Content-Length: 10000000000\r\n\r\n[]"), reply("yes")) as server:
-            self.assertEqual(self.client(server).complete("Hi").attempts, 2)
-
-    def test_is_not_taken_for_another(self):
-        """Odd heads end as a named Error or are understood; the next answer is the next's own."""
-        named, answered = (cometlimit.APIConnectionError, True), "all"
-        body = b"Content-Length: %d\r\n\r\n%s" % (len(GOOD), GOOD)
-        for data, expected in (
-                (b"SSH-2.0-OpenSSH_9.2\r\n", named), (b"\x00" * 300, named), (b"\r\n\r\n", named),
-                (b"HTTP/1.1 abc OK\r\n" + body, named), (b"HTTP/1.1 1000 OK\r\n" + body, named),
-                (b"HTTP/2 200\r\n" + body, named), (b"HTTP/1.1 200 " + b"x" * 70000, named),
-                (HEAD + b"X: y\r\n" * 101 + body, named), (HEAD + b"X: " + b"y" * 70000, named),
-                (HEAD + b"Content-Length: 5\r\n" + body, (cometlimit.APIResponseError, True)),
-                (HEAD + b"X : 1\r\n" + body, answered), (HEAD + b"no colon\r\n" + body, answered),
-                (HEAD + b"Content-Length: -5\r\n\r\n" + GOOD, answered),
-                (HEAD + b"Content-Length: x\r\n\r\n" + GOOD, answered),
-                (HEAD + b"\r\n" + GOOD, answered), (b"HTTP/1.1 200\r\n" + body, answered),
-                (b"HTTP/1.1 100 Go\r\n\r\n" * 3 + HEAD + body, answered),
-                (b"HTTP/1.1 103 Early\r\nLink: x\r\n\r\n" + HEAD + body,
-                 (cometlimit.APIResponseError, True)),
-                (b"HTTP/1.1 999 Any\r\n" + body, (cometlimit.APIStatusError, False)),
-                (b"HTTP/1.1 204 No\r\n\r\n", (cometlimit.APIResponseError, True))):
-            with self.subTest(data=data[:60]), Server(raw(data), reply("next")) as server:
-                with self.client(server, max_retries=0) as client:
-                    done = self.outcome_at(client)
-                    self.assertEqual(getattr(done, "text", None) or (
-                        type(done), done.retryable), expected)
-                    self.assertEqual(client.ask("Hi"), "next")
-
-    def test_may_be_any_json_or_none(self):
-        """Byte order mark, half a surrogate, other encodings, long numbers: text or an Error."""
-        long = b'{"choices": [{"message": {"content": "all"}}], "n": %s}'
-        for body, expected in (
-                (b"\xef\xbb\xbf" + GOOD, "all"), (GOOD.replace(b"all", b"\\ud800"), "\ud800"),
-                (GOOD.decode().encode("utf-16"), None), (b"\x1f\x8b\x08" + GOOD, None),
-                (GOOD.replace(b"all", b"\xff"), None), (long % b"NaN", None),
-                (long % b"-Infinity", None), (long % (b"[" * 150 + b"]" * 150), "all"),
-                (long % (b"[" * 300 + b"]" * 300), None), (b"[" * 100000, None),
-                (b'{"a":' * 100000, None), (b"null", None), (b'"x"', None)):
-            with self.subTest(body=body[:70]), Server(status(200, body)) as server:
-                done = self.outcome_at(self.client(server, max_retries=0))
-                self.assertEqual(getattr(done, "text", None), expected)
-                if expected is None:
-                    self.assertIs(type(done), cometlimit.APIResponseError)
-        for digits in (5000, 1000000):  # int() takes the square of it, where nothing forbids it
-            start = time.monotonic()
-            with Server(status(200, long % (b"9" * digits))) as server:
-                done = self.outcome_at(self.client(server, max_retries=0))
-            with self.subTest(digits=digits):
-                self.assertIsInstance(done, (cometlimit.Completion, cometlimit.APIResponseError))
-                self.assertLess(time.monotonic() - start, 2.0)
-
-    def test_does_not_overrun_a_small_stack(self):
-        """Deep JSON, as an answer or an error, where threads have 1 MiB of stack."""
-        deep = [status(code, text * 200000) for code in (200, 400) for text in ("[", '{"a":')]
-        with Server(*deep) as server:
-            done = run(server, "threading.stack_size(1 << 20)", """
-                for n in range(4):
-                    error = next(client.map(["Hi"], return_exceptions=True))
-                    assert isinstance(error, cometlimit.Error), error""", "max_retries=0")
-        self.assertEqual(done, (0, ""))
-
-
-class AConnectionKept(Hostile):
-    """Never gives a request another one's answer, and never sends it twice without need."""
-
-    def test_drops_what_is_out_of_step(self):
-        """Bytes after a body are never served as the next answer, whenever they come."""
-        wrong = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (
-            len(GOOD), GOOD.replace(b"all", b"BAD"))
-        head = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\nX: " % len(GOOD)
-        aligned = head + b"y" * (8192 - len(head) - 4 - len(GOOD)) + b"\r\n\r\n" + GOOD
-        for tls in SCHEMES:
-            for start, later in ((aligned, False), (aligned, True), (aligned[:-len(GOOD)].replace(
-                    b"y" * 100, b"") + GOOD, False), (aligned, None)):
-                sent = threading.Event()
-
-                def send(sock):
-                    sock.sendall(start + (b"" if later else wrong if later is False else b" "))
-                    if later:
-                        time.sleep(0.02)
-                        sock.sendall(wrong)
-                    sent.set()
-                with Server(Line(send, keep=True), reply("next"), tls=tls) as server:
-                    with self.client(server, max_retries=0) as client:
-                        self.assertEqual(client.ask("Hi"), "all")
-                        self.assertTrue(sent.wait(TIMEOUT))
-                        time.sleep(0.01)
-                        with self.subTest(tls=tls, size=len(start), later=later):
-                            self.assertEqual(client.ask("Hi"), "next")
-
-    def test_is_not_used_after_an_interim_answer(self):
-        """After a 103 the real answer is still to come: not to the next request."""
-        early = raw(b"HTTP/1.1 103 Early\r\n\r\n", keep=True)
-        with Server(early, reply("next")) as server, self.client(server, max_retries=0) as client:
-            self.assertIsInstance(self.outcome_at(client), cometlimit.Error)
-            self.assertEqual(client.ask("Hi"), "next")
-        self.assertEqual(server.connections, 2)
-
-    def test_is_not_used_after_a_timeout(self):
-        """An answer that comes too late is nobody's."""
-        self.real_time()
-        for tls in SCHEMES:
-            late = threading.Event()
-
-            def send(sock):
-                late.wait(TIMEOUT)
-                reply("late").send(sock)
-            with self.subTest(tls=tls):
-                with Server(Line(send, keep=True), reply("next"), tls=tls) as server:
-                    client = self.client(server, max_retries=0, timeout=0.3)
-                    error = self.outcome_at(client)
-                    late.set()
-                    self.assertIs(type(error), cometlimit.APITimeoutError)
-                    self.assertEqual(client.ask("Hi"), "next")
-
-    def test_that_the_server_closed_costs_nothing(self):
-        """A server that closes after each answer sees each request exactly once."""
-        for tls in SCHEMES:
-            lines = [close_idle(reply(str(number))) for number in range(40)]
-            with Server(*lines, tls=tls) as server:
-                with self.client(server, max_retries=0) as client:
-                    for number in range(40):
-                        self.assertEqual(client.ask(str(number)), str(number))
-                        time.sleep(0.005 * (number % 2))
-            seen = [request.prompt for request in server.requests]
-            self.assertEqual(seen, [str(number) for number in range(40)])
-
-    def test_that_dies_is_replaced_once(self):
-        """A request that a kept connection took along is sent once more, the same attempt."""
-        def partly(sock):
-            sock.sendall(HEAD)
-            time.sleep(0.02)
-            reset().send(sock)
-        for tls in SCHEMES:
-            for line in (hang_up(), reset()):
-                with self.subTest(tls=tls, line=line):
-                    with Server(reply("a"), line, reply("b"), tls=tls) as server:
-                        with self.client(server, max_retries=0) as client:
-                            client.ask("1")
-                            self.assertEqual(client.complete("2").attempts, 1)
-                    self.assertEqual([r.prompt for r in server.requests], ["1", "2", "2"])
-                    with Server(reply("a"), line, line, tls=tls) as server:
-                        with self.client(server, max_retries=0) as client:
-                            client.ask("1")
-                            error = self.outcome_at(client, "2")
-                            self.assertIs(type(error), cometlimit.APIConnectionError)
-                            self.assertTrue(error.retryable)
-                    with Server(line, reply("b"), tls=tls) as server:
-                        self.assertEqual(self.client(server).complete("1").attempts, 2)
-                    with Server(reply("a"), Line(partly), tls=tls) as server:
-                        with self.client(server, max_retries=0) as client:
-                            client.ask("1")
-                            self.outcome_at(client, "2")
-                    self.assertEqual(len(server.requests), 2)
-
-    def test_brings_an_early_refusal(self):
-        """A 413 while the request is still going out is seen, not taken for a broken pipe."""
-        def refuse(sock):
-            sock.recv(1 << 16)
-            status(413, {"error": {"message": "too big"}}, {"Connection": "close"}).send(sock)
-            if kind == "waits":
-                sock.settimeout(0.2)
-                with contextlib.suppress(OSError):
-                    while sock.recv(1 << 16):
-                        pass
-        for tls, kind in ((None, "closes"), (None, "waits"), ("127.0.0.1", "waits")):
-            with self.subTest(tls=tls, kind=kind), Port(refuse, tls=tls) as server:
-                with self.client(server) as client:
-                    error = self.outcome_at(client, "x" * 3000000)
-                self.assertEqual((error.status_code, server.connections), (413, 1), error)
-
-    def test_is_kept_alive(self):
-        """TCP keep-alive is on, so that a firewall does not forget it."""
-        with Server(reply("yes")) as server, self.client(server) as client:
-            client.ask("Hi")
-            (wire,) = client._pool.wires
-            for level, name in (("SOL_SOCKET", "SO_KEEPALIVE"), ("IPPROTO_TCP", "TCP_NODELAY")):
-                self.assertTrue(wire.sock.getsockopt(getattr(socket, level), getattr(socket, name)))
-            if hasattr(socket, "TCP_KEEPIDLE"):
-                self.assertEqual(wire.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE), 30)
-
-    def test_may_have_a_number_beyond_select(self):
-        """A descriptor of 1024 or more is no hindrance."""
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        if hard != resource.RLIM_INFINITY and hard < 1200 or not hasattr(select, "poll"):
-            self.skipTest("no 1200 descriptors are allowed here")
-        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 1200), hard))
-        self.addCleanup(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
-        with Server(reply("a"), reply("b")) as server, contextlib.ExitStack() as stack:
-            for _ in range(1030):
-                stack.callback(os.close, os.dup(2 if sys.stderr else server.listener.fileno()))
-            with self.client(server, max_retries=0) as client:
-                self.assertEqual([client.ask("Hi"), client.ask("Hi")], ["a", "b"])
-                self.assertGreaterEqual(client._pool.wires[0].sock.fileno(), 1024)
-            self.assertEqual(server.connections, 1)
-
-
-class TheClock(Hostile):
-    """Bounds what comes before the answer, too."""
-
-    def addresses(self, *ports):
-        """From now on "localhost" has these ports of 127.0.0.1 for addresses."""
-        original = socket.getaddrinfo
-        self.addCleanup(setattr, socket, "getaddrinfo", original)
-        socket.getaddrinfo = lambda host, *rest, **options: [
-            (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port)) for port in ports
-        ] if host == "localhost" else original(host, *rest, **options)
+        def look_up(host, *rest, **options):
+            if host != "localhost":
+                return original(host, *rest, **options)
+            slow.wait(seconds)
+            return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port))
+                    for port in ports]
+        self.addCleanup(slow.set)
+        self.replace(socket, getaddrinfo=look_up)
 
     @contextlib.contextmanager
     def dead(self):
@@ -3269,101 +3002,392 @@ class TheClock(Hostile):
             time.sleep(0.02)
             yield listener.getsockname()[1]
 
-    def test_bounds_all_addresses_together(self):
-        """Four dead addresses take one timeout, and a living one behind them is reached."""
+    @contextlib.contextmanager
+    def within(self, seconds, least=0.0):
+        start = time.monotonic()
+        yield
+        self.assertTrue(least <= time.monotonic() - start < seconds, time.monotonic() - start)
+
+
+class AHostileAnswer(Hostile):
+    """Costs at most its attempt: no hang, no crash, no memory, no wrong text."""
+
+    def test_ends_at_the_timeout(self):
+        """Whatever drips or floods, in whichever part, over http and https."""
         self.real_time()
-        with self.dead() as port, Server(reply("yes")) as server:
-            url = server.url.replace("127.0.0.1", "localhost")
-            self.addresses(port, port, port, server.port)
-            client = self.client(server, base_url=url, max_retries=0, timeout=0.6)
-            self.assertEqual(client.ask("Hi"), "yes")
-            client.close()
-            self.addresses(port, port, port, port)
-            client = self.client(server, base_url=url, max_retries=0, timeout=0.3)
-            start = time.monotonic()
-            with self.assertRaisesRegex(cometlimit.APITimeoutError, "no connection in time"):
-                client.ask("Hi")
-            self.assertTrue(0.2 < time.monotonic() - start < 1.0)
+        early, header = b"HTTP/1.1 100 Continue\r\n\r\n", b"X: y\r\n"
+        lines = [drip(part, 3.0) for part in ("status", "headers", "body", "chunks")] + [
+            flood(b"", early, 0.02), flood(b"", early), flood(HEAD + CHUNKED + b"0\r\n", header),
+            flood(HEAD + CHUNKED + b"0\r\n", header, 0.02), flood(HEAD, header, 0.02),
+            flood(HEAD.replace(b"200 OK", b"503 No") + b"\r\n", b" ", 0.02)]
+        for tls in SCHEMES:
+            with Server(*lines, tls=tls) as server, self.client(
+                    server, timeout=0.25, max_retries=0, max_concurrency=len(lines)) as client:
+                for error in client.map(["Hi"] * len(lines), return_exceptions=True):
+                    with self.subTest(tls=tls):
+                        self.assertTrue(error.retryable, error)
+                        self.assertLess(error.records[0].latency, 2.0)
+
+    def test_is_no_answer_wherever_it_is_cut_off(self):
+        """The end of the connection after any byte is a failure that may pass."""
+        bodies = (HEAD + FRAMED, HEAD + CHUNKED + b"10\r\n%s\r\n%x\r\n%s\r\n0\r\n\r\n" % (
+            GOOD[:16], len(GOOD) - 16, GOOD[16:]))
+        for whole, (tls, step) in itertools.product(bodies, zip(SCHEMES, (1, 9))):
+            cuts = [whole[:size] for size in range(0, len(whole), step)]
+            with Server(*map(raw, cuts), tls=tls) as server:
+                with self.client(server, max_retries=0) as client:
+                    for cut in cuts:
+                        done = self.outcome_at(client)
+                        with self.subTest(tls=tls, cut=cut[-20:]):
+                            if GOOD[-9:] in cut:  # only the framing's end is missing
+                                self.assertEqual(getattr(done, "text", "all"), "all")
+                            else:
+                                self.assertIn(type(done), (cometlimit.APIConnectionError,
+                                                           cometlimit.APIResponseError))
+                                self.assertTrue(done.retryable, done)
+            self.assertEqual(len(server.requests), len(cuts))
+
+    def test_takes_no_more_memory_than_is_allowed(self):
+        """A body too long is left unread, however it is framed; an error's sooner."""
+        self.real_time()
+        frames = [b"\r\n", b"Content-Length: 10000000000\r\n\r\n", CHUNKED + b"fffffffffffff\r\n",
+                  CHUNKED + b"-70000\r\n", CHUNKED + b"-1\r\n"]
+        for code, most, some in ((b"400", cometlimit._MAX_ANSWER, frames[:-1]),
+                                 (b"200", 1 << 18, frames)):
+            self.replace(cometlimit, _MAX_ANSWER=most)
+            for frame in some:
+                start = b"HTTP/1.1 %s Any\r\n%s" % (code, frame)
+                with Server(flood(start, b" " * (1 << 16))) as server:
+                    with self.client(server, max_retries=0, timeout=0.7) as client:
+                        tracemalloc.start()
+                        error = self.outcome_at(client)
+                        peak = tracemalloc.get_traced_memory()[1]
+                        tracemalloc.stop()
+                with self.subTest(code=code, frame=frame):
+                    self.assertIsInstance(error, cometlimit.Error)
+                    self.assertLess(peak, 16 << 20)
+                    if b"\n-" not in frame:
+                        self.assertEqual((error.status_code, error.retryable), (int(code), False))
+
+    def test_is_not_taken_for_another(self):
+        """Odd heads end as a named Error or are understood; the next answer is the next's own."""
+        named, response = cometlimit.APIConnectionError, cometlimit.APIResponseError
+        for data, expected in (
+                (b"SSH-2.0-OpenSSH_9.2\r\n", named), (b"\x00" * 300, named), (b"\r\n\r\n", named),
+                (b"HTTP/1.1 abc OK\r\n" + FRAMED, named), (b"HTTP/1.1 1000 OK\r\n" + FRAMED, named),
+                (b"HTTP/2 200\r\n" + FRAMED, named), (b"HTTP/1.1 200 " + b"x" * 70000, named),
+                (HEAD + b"X: y\r\n" * 101 + FRAMED, named), (HEAD + b"X: " + b"y" * 70000, named),
+                (HEAD + b"Content-Length: 10000000000\r\n\r\n[]", named),
+                (HEAD + b"Content-Length: 5\r\n" + FRAMED, response),
+                (HEAD + b"X : 1\r\n" + FRAMED, "all"), (HEAD + b"no colon\r\n" + FRAMED, "all"),
+                (HEAD + b"Content-Length: -5\r\n\r\n" + GOOD, "all"),
+                (HEAD + b"Content-Length: x\r\n\r\n" + GOOD, "all"),
+                (HEAD + b"\r\n" + GOOD, "all"), (b"HTTP/1.1 200\r\n" + FRAMED, "all"),
+                (b"HTTP/1.1 100 Go\r\n\r\n" * 3 + HEAD + FRAMED, "all"),
+                (b"HTTP/1.1 103 Early\r\nLink: x\r\n\r\n" + HEAD + FRAMED, response),
+                (b"HTTP/1.1 999 Any\r\n" + FRAMED, cometlimit.APIStatusError),
+                (b"HTTP/1.1 204 No\r\n\r\n", response)):
+            with self.subTest(data=data[:60]), Server(raw(data), reply("next")) as server:
+                with self.client(server, max_retries=0) as client:
+                    done = self.outcome_at(client)
+                    self.assertEqual(getattr(done, "text", type(done)), expected)
+                    if expected is named:
+                        self.assertTrue(done.retryable)
+                        self.assertIn(" 127.0.0.1:%d" % server.port, str(done))
+                    self.assertEqual(client.ask("Hi"), "next")
+
+    def test_does_not_overrun_a_small_stack(self):
+        """Deep JSON, as an answer or an error, where threads have 1 MiB of stack."""
+        deep = [status(code, text * 200000) for code in (200, 400) for text in ("[", '{"a":')]
+        with Server(*deep) as server:
+            self.assertEqual(end(start(server, "threading.stack_size(1 << 20)", """
+                for error in client.map(["Hi"] * 4, return_exceptions=True):
+                    assert isinstance(error, cometlimit.Error), error""", "max_retries=0")), (0, ""))
+
+    def test_that_does_not_come_is_asked_for_as_a_stream(self):
+        """What a gateway or our time-out cut off comes again as a stream; the latter once only."""
+        for lines, (option, after) in itertools.product((
+                (stall(), stall()), (status(408), reply("yes")),
+                (status(504), status(524), reply("yes"))), ((None, True), (False, None))):
+            with Server(*lines) as server:
+                done = self.outcome_at(self.client(server, timeout=0.2, stream=option))
+            with self.subTest(option=option, lines=len(lines), done=done):
+                self.assertEqual(done.attempts, len(lines))
+                self.assertEqual([request.body.get("stream") for request in server.requests],
+                                 [None] + [after] * (len(lines) - 1))
+
+    def test_in_a_stream_ends_with_its_last_event(self):
+        """A body that goes on after [DONE] is left after a moment; one that is cut off, again."""
+        event = b'data: {"choices": [{"delta": {"content": "%s"}, "finish_reason": %s}]}\n\n'
+        part, whole = event % (b"no", b"null"), event % (b"all", b'"stop"') + b"data: [DONE]\n\n"
+        start = HEAD + b"Content-Type: text/event-stream\r\n"
+
+        def chunk(data):
+            return b"%x\r\n%s\r\n" % (len(data), data)
+        for cut in (b"\r\n" + part, CHUNKED + chunk(part), b"Content-Length: 999\r\n\r\n" + part):
+            with self.subTest(cut=cut[:20]), Server(raw(start + cut), reply("all")) as server:
+                done = self.client(server, stream=True).complete("Hi")
+                self.assertEqual((done.text, done.attempts), ("all", 2))
+        self.real_time()
+        self.replace(cometlimit, _AFTER_DONE=0.1)
+        for tls, (framed, ping) in itertools.product(SCHEMES, (
+                (b"\r\n" + whole, b": ping\n\n"), (CHUNKED + chunk(whole), b""),
+                (CHUNKED + chunk(whole), chunk(b": ping\n\n")))):
+            line = flood(start + framed, ping, 0.02)
+            with self.subTest(tls=tls, ping=ping), Server(line, tls=tls) as server:
+                client = self.client(server, stream=True, timeout=5.0, max_retries=0)
+                with self.within(2.0):
+                    self.assertEqual(client.ask("Hi"), "all")
+
+
+class AConnectionKept(Hostile):
+    """Never gives a request another one's answer, and never sends it twice without need."""
+
+    def test_drops_what_is_out_of_step(self):
+        """Bytes after a body are never served as the next answer, whenever they come; nor is an
+        answer that follows an interim one."""
+        wrong = HEAD + FRAMED.replace(b"all", b"BAD")
+        head = HEAD + b"Content-Length: %d\r\nX: " % len(GOOD)
+        aligned = head + b"y" * (8192 - len(head) - 4 - len(GOOD)) + b"\r\n\r\n" + GOOD
+        early = b"HTTP/1.1 103 Early\r\n\r\n"
+        for tls, (start, then, later) in itertools.product(SCHEMES, (
+                (aligned, wrong, b""), (aligned, b"", wrong), (aligned, b" ", b""),
+                (aligned.replace(b"y" * 100, b""), wrong, b""),
+                (early, b"", b""), (early, b"", wrong))):
+            sent = threading.Event()
+
+            def send(sock):
+                sock.sendall(start + then)
+                time.sleep(0.02 if later else 0.0)
+                sock.sendall(later)
+                sent.set()
+            with Server(Line(send, keep=True), reply("next"), tls=tls) as server:
+                with self.client(server, max_retries=0) as client:
+                    first = self.outcome_at(client)
+                    self.assertTrue(sent.wait(TIMEOUT))
+                    time.sleep(0.01)
+                    with self.subTest(tls=tls, size=len(start), then=then, later=later):
+                        self.assertEqual(getattr(first, "text", None),
+                                         None if start is early else "all")
+                        self.assertEqual(client.ask("Hi"), "next")
+
+    def test_is_not_used_after_a_timeout(self):
+        """An answer that comes too late is nobody's."""
+        self.real_time()
+        for tls in SCHEMES:
+            late = threading.Event()
+            line = Line(lambda sock: late.wait(TIMEOUT) and reply("late").send(sock), keep=True)
+            with self.subTest(tls=tls), Server(line, reply("next"), tls=tls) as server:
+                client = self.client(server, max_retries=0, timeout=0.3)
+                error = self.outcome_at(client)
+                late.set()
+                self.assertIs(type(error), cometlimit.APITimeoutError)
+                self.assertEqual(client.ask("Hi"), "next")
+
+    def test_that_the_server_closed_costs_nothing(self):
+        """A server that closes after each answer sees each request exactly once."""
+        texts = [str(number) for number in range(40)]
+        for tls in SCHEMES:
+            with Server(*[close_idle(reply(text)) for text in texts], tls=tls) as server:
+                with self.client(server, max_retries=0) as client:
+                    for text in texts:
+                        self.assertEqual(client.ask(text), text)
+                        time.sleep(0.005 * (int(text) % 2))
+            self.assertEqual([request.prompt for request in server.requests], texts)
+
+    def test_that_dies_is_replaced_once(self):
+        """A request that a kept connection took along is sent once more, the same attempt."""
+        def partly(sock):
+            sock.sendall(HEAD)
+            time.sleep(0.02)
+            reset().send(sock)
+        for tls, line in itertools.product(SCHEMES, (hang_up(), reset())):
+            for script, error, prompts in (
+                    ((reply("a"), line, reply("b")), False, "122"),
+                    ((reply("a"), line, line), True, "122"), ((line,), True, "1"),
+                    ((reply("a"), Line(partly)), True, "12")):
+                with self.subTest(tls=tls, prompts=prompts), Server(*script, tls=tls) as server:
+                    with self.client(server, max_retries=0) as client:
+                        done = [self.outcome_at(client, prompt) for prompt in sorted(set(prompts))]
+                self.assertEqual(isinstance(done[-1], cometlimit.APIConnectionError), error)
+                self.assertEqual(done[-1].attempts, 1)
+                self.assertEqual("".join(one.prompt for one in server.requests), prompts)
+
+    def test_is_not_replaced_when_nobody_waits(self):
+        """A client that is closed meanwhile asks for no name and sends nothing again."""
+        self.real_time()
+        with Server(reply("a"), hang_up()) as server:
+            self.addresses(server.port)
+            client = self.client("http://localhost:%d/v1" % server.port,
+                                 on_record=lambda record: record.status or client.close())
+            client.ask("1")
+            self.addresses(server.port, seconds=6.0)
+            with self.within(2.0):
+                self.assert_error(client.submit("2").exception(TIMEOUT), cometlimit.Error, GONE)
+
+    def test_brings_an_early_refusal(self):
+        """A 413 while the request is still going out is seen, not taken for a broken pipe."""
+        def refuse(sock):
+            sock.recv(1 << 16)
+            status(413, {"error": {"message": "too big"}}, {"Connection": "close"}).send(sock)
+            sock.settimeout(0.2)
+            with contextlib.suppress(OSError):
+                while waits and sock.recv(1 << 16):
+                    pass
+        for tls, waits in ((None, False), (None, True), ("127.0.0.1", True)):
+            with self.subTest(tls=tls, waits=waits), Port(refuse, tls=tls) as server:
+                error = self.outcome_at(self.client(server), "x" * 3000000)
+                self.assertEqual((error.status_code, server.connections), (413, 1), error)
+
+    def test_is_kept_alive_whatever_its_number(self):
+        """TCP keep-alive, so that no firewall forgets it; a descriptor of 1024 is no hindrance."""
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if hard != resource.RLIM_INFINITY and hard < 1200 or not hasattr(select, "poll"):
+            self.skipTest("no 1200 descriptors are allowed here")
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 1200), hard))
+        self.addCleanup(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+        with Server(reply("a"), reply("b")) as server, contextlib.ExitStack() as stack:
+            for _ in range(1030):
+                stack.callback(os.close, os.dup(server.listener.fileno()))
+            with self.client(server, max_retries=0) as client:
+                self.assertEqual([client.ask("Hi"), client.ask("Hi")], ["a", "b"])
+                (kept,) = client._pool.connections.kept
+                self.assertGreaterEqual(kept.sock.fileno(), 1024)
+                self.assertTrue(kept.sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE))
+                self.assertTrue(kept.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+                idle = getattr(socket, "TCP_KEEPIDLE", socket.TCP_NODELAY)
+                self.assertIn(kept.sock.getsockopt(socket.IPPROTO_TCP, idle), (1, 30))
+            self.assertEqual(server.connections, 1)
+
+    def test_is_one_for_each_in_flight(self):
+        """2,000 prompts, 50 wide: 50 connections and 100 threads at most, and none is left."""
+        self.real_time()
+        before = len(os.listdir("/proc/self/fd")), threading.active_count()
+        texts = list(map(str, range(2000)))
+        with Server(forever=reply_echo) as server:
+            with self.client(server, max_concurrency=50) as client:
+                self.assertEqual([done.text for done in client.map(texts)], texts)
+                own = [t for t in threading.enumerate() if t.name.startswith("cometlimit")]
+                self.assertLessEqual(len(own), 100)
+            self.assertLessEqual(server.connections, 50)
+        self.threads_end()
+        gc.collect()
+        self.assertLessEqual((len(os.listdir("/proc/self/fd")), threading.active_count()), before)
+
+
+class TheClock(Hostile):
+    """Bounds what comes before the answer, too."""
+
+    def setUp(self):
+        super().setUp()
+        self.real_time()
+
+    def test_bounds_name_and_connection(self):
+        """All addresses together, by the timeout or long before a model's; a living one behind
+        dead ones is reached."""
+        with self.dead() as port, Server(reply("a"), reply("b")) as server:
+            for ports, seconds, timeout, bound in (
+                    ([port] * 4, 0.0, 0.3, 15.0), ([port] * 4, 0.0, 600.0, 0.3),
+                    ([port], 6.0, 600.0, 0.3), ([port], 6.0, 0.3, 15.0)):
+                self.addresses(*ports, seconds=seconds)
+                self.replace(cometlimit, _CONNECT=bound)
+                with self.subTest(seconds=seconds, timeout=timeout), self.within(2.0, least=0.2):
+                    error = self.outcome_at(self.client(
+                        "http://localhost:7/v1", timeout=timeout, max_retries=0))
+                    self.assert_error(error, cometlimit.APITimeoutError,
+                                      "no connection to localhost:7 in time",
+                                      code="connect_timeout", retryable=True)
+            for ports, seconds in (([server.port], 0.1), ([port] * 3 + [server.port], 0.0)):
+                self.addresses(*ports, seconds=seconds)
+                self.client("http://localhost:7/v1", timeout=1.0, max_retries=0).ask("Hi")
 
     def test_bounds_a_handshake(self):
         """A server or proxy that says nothing, or drips, while the connection is made."""
-        self.real_time()
-
         def silent(sock):
-            sock.settimeout(3.0)
-            while sock.recv(1 << 16):
-                if piece:
-                    for _ in range(100):
-                        sock.sendall(piece)
-                        time.sleep(0.02)
-        for piece in (b"", b"H", b"HTTP/1.1 100 Go\r\n\r\n"):
-            for proxied in (False, True):
-                with self.subTest(piece=piece, proxied=proxied), Port(silent) as server:
-                    if proxied:
-                        os.environ["https_proxy"] = "127.0.0.1:%d" % server.port
-                    start = time.monotonic()
-                    error = self.outcome_at(self.client(
-                        server, base_url="https://127.0.0.1:%d/v1" % server.port,
-                        timeout=0.15, max_retries=0))
-                    os.environ.pop("https_proxy", None)
-                    self.assertIsInstance(error, cometlimit.APIConnectionError)
-                    self.assertLess(time.monotonic() - start, 1.0)
+            flood(sock.recv(1 << 16)[:0], piece, 0.02).send(sock)
+        pieces = b"", b"H", b"HTTP/1.1 100 Go\r\n\r\n"
+        for piece, kind in itertools.product(pieces, ("", "proxy")):
+            with self.subTest(piece=piece, kind=kind), Port(silent) as server:
+                os.environ["https_proxy"] = kind and "127.0.0.1:%d" % server.port
+                with self.within(1.0):
+                    client = self.client(server.https, timeout=0.15, max_retries=0)
+                    error = self.outcome_at(client)
+                self.assertIsInstance(error, cometlimit.APIConnectionError)
+                self.assertIn("%s 127.0.0.1:%d" % (kind, server.port), str(error))
 
     def test_bounds_an_upload(self):
-        """A server that never reads ends at the timeout."""
-        self.real_time()
+        """A server that never reads ends at the timeout; the text says which and what to do."""
         for tls in SCHEMES:
             gate = threading.Event()
             with self.subTest(tls=tls), Port(lambda sock: gate.wait(6.0), tls=tls) as server:
-                start = time.monotonic()
-                with self.assertRaisesRegex(cometlimit.APITimeoutError, "no answer in time"):
-                    self.client(server, timeout=0.3, max_retries=0).ask("x" * 8000000)
-                self.assertLess(time.monotonic() - start, 3.0)
+                with self.within(3.0):
+                    error = self.outcome_at(self.client(server, timeout=0.3, max_retries=0),
+                                            "x" * 8000000)
                 gate.set()
+                self.assert_error(
+                    error, cometlimit.APITimeoutError, "no answer from 127.0.0.1:%d within 0.3 s: "
+                    "raise timeout= (or deadline=) if the model needs longer" % server.port)
 
     def test_is_not_needed_by_close(self):
-        """What is in a TLS handshake or in a proxy's hands is hung up on, too."""
-        self.real_time()
-        for proxied in (False, True):
-            met, gone = threading.Event(), threading.Event()
-
-            def silent(sock):
+        """A name, a connection, a handshake, an upload, an answer: hung up on at once."""
+        def silent(sock):
+            if place != "upload":
                 sock.recv(1 << 16)
-                met.set()
-                with contextlib.suppress(OSError):
-                    sock.recv(1 << 16)
-                gone.set()
-            with self.subTest(proxied=proxied), Port(silent) as server:
-                if proxied:
-                    os.environ["https_proxy"] = "127.0.0.1:%d" % server.port
-                client = self.client(server, timeout=3.0,
-                                     base_url="https://127.0.0.1:%d/v1" % server.port)
-                call = client.submit("Hi")
+            met.set()
+            with contextlib.suppress(OSError):
+                left.wait(6.0) if place == "upload" else sock.recv(1 << 16)
+            gone.set()
+        for place, tls in (("name", None), ("name", "s"), ("connect", None), ("connect", "s"),
+                           ("handshake", "s"), ("proxy", "s"), ("upload", None), ("upload", "s"),
+                           ("answer", None), ("answer", "s")):
+            met, gone, left = threading.Event(), threading.Event(), threading.Event()
+            with self.subTest(place=place, tls=tls), self.dead() as port, Port(
+                    silent, tls and place in ("upload", "answer") and "127.0.0.1") as server:
+                url = server.https if tls else server.url
+                os.environ["https_proxy"] = "127.0.0.1:%d" % server.port if place == "proxy" else ""
+                if place in ("name", "connect"):
+                    self.addresses(port, seconds=6.0 if place == "name" else 0.0)
+                    url = url.replace("127.0.0.1", "localhost")
+                    met.set(), gone.set()
+                client = self.client(url, timeout=6.0)
+                call = client.submit("x" * (8000000 if place == "upload" else 1))
                 self.assertTrue(met.wait(TIMEOUT))
                 time.sleep(0.05)
-                client.close()
-                self.assertIs(type(call.exception(TIMEOUT)), cometlimit.Error)
-                self.assertTrue(gone.wait(1.0), "the connection is still there")
+                with self.within(0.4):  # close() itself would wait 0.5 s
+                    client.close()
+                    self.assert_error(call.exception(TIMEOUT), cometlimit.Error, GONE)
+                left.set()
+                self.assertTrue(gone.wait(1.0), "not hung up on")
+                self.threads_end()
 
 
-class Redirects(Hostile):
-    """Are never followed."""
+class TheOpener(Hostile):
+    """Does what a request needs, and nothing that urllib's would do besides."""
 
-    def test_lead_nowhere(self):
+    def test_follows_no_redirect(self):
         """Whatever the Location, and even with a completion for a body: one request, no more."""
         with Server() as other:
-            for place in ("http://127.0.0.1:%d/v1", "http://localhost:%d/v1", "//127.0.0.1:%d/v1",
-                          "ftp://127.0.0.1:%d/v1", "https://127.0.0.1:%d/", "/v1/other", "file:///",
-                          "data:,x", "http://[::1", ""):
-                place = place % other.port if "%" in place else place
-                for code in (301, 302, 303, 307, 308):
-                    line = status(code, GOOD, {"Location": place})
-                    with self.subTest(code=code, place=place), Server(line) as server:
-                        error = self.outcome_at(self.client(server))
-                        self.assertIs(type(error), cometlimit.APIStatusError)
-                        self.assertEqual((error.status_code, error.retryable, error.attempts,
-                                          server.requests[0].method), (code, False, 1, "POST"))
+            for place, code in itertools.product((
+                    "http://127.0.0.1:%d/v1", "http://localhost:%d/v1", "//127.0.0.1:%d/v1",
+                    "ftp://127.0.0.1:%d/v1", "https://127.0.0.1:%d/", "/v1/other", "file:///",
+                    "data:,x", "http://[::1", ""), (301, 302, 303, 307, 308)):
+                line = status(code, GOOD, {"Location": place.replace("%d", str(other.port))})
+                with self.subTest(code=code, place=place), Server(line) as server:
+                    error = self.outcome_at(self.client(server))
+                    self.assertIs(type(error), cometlimit.APIStatusError)
+                    self.assertEqual((error.status_code, error.retryable, error.attempts,
+                                      server.requests[0].method), (code, False, 1, "POST"))
         self.assertEqual(other.connections, 0)
+
+    def test_opens_nothing_else_and_keeps_no_cookie(self):
+        """No file:, ftp: or data:, even if asked; a Set-Cookie does not come back."""
+        with Server(reply("a", {"Set-Cookie": "a=b; Path=/"}), reply("b")) as server:
+            client = self.client(server)
+            self.assertEqual([client.ask("1"), client.ask("2")], ["a", "b"])
+            for url in ("file://" + cometlimit.__file__, "ftp://127.0.0.1:1/", "data:,x"):
+                self.assertIsNone(client._pool.opener.open(url))
+        self.assertNotIn("cookie", server.requests[1].headers)
+        self.assertEqual(server.connections, 1)
 
 
 class TheProxy(Hostile):
@@ -3373,75 +3397,86 @@ class TheProxy(Hostile):
         os.environ[scheme + "_proxy"] = "http://%s127.0.0.1:%d" % (user, proxy.port)
 
     def test_gets_its_password_and_nothing_else(self):
-        """The proxy does not see the key, nor the server the password."""
+        """Not the key, nor the server the password; what it slips in behind its own answer is
+        never read as the server's."""
         for user, line in (("me:p%40ss@", "Basic bWU6cEBzcw=="), ("me@", "Basic bWU6"), ("", None),
-                           ("me:\udcff@", "Basic bWU6/w==")):
-            with self.subTest(user=user), Proxy() as proxy:
+                           ("me:\udcff@", "Basic bWU6/w=="), ("u:p%ff@", "Basic dTpw/w==")):
+            with self.subTest(user=user), Proxy(slip=HEAD + FRAMED) as proxy:
                 with Server(reply("a"), reply("b"), tls="127.0.0.1") as server:
                     self.use("https", proxy, user)
                     with self.client(server) as client:
                         self.assertEqual([client.ask("Hi"), client.ask("Hi")], ["a", "b"])
-                (head,) = proxy.heads
-                self.assertTrue(head.startswith("CONNECT 127.0.0.1:%d HTTP/1.1\r\nHost: 127.0.0.1:"
-                                                "%d\r\n" % (server.port, server.port)))
+                (head,), name = proxy.heads, "127.0.0.1:%d" % server.port
+                self.assertTrue(head.startswith(
+                    "CONNECT %s HTTP/1.1\r\nHost: %s\r\n" % (name, name)), head)
                 self.assertEqual("Proxy-Authorization: %s\r\n" % line in head, line is not None)
                 self.assertNotIn(KEY, head)
                 for request in server.requests:
                     self.assertNotIn("proxy-authorization", request.headers)
                     self.assertEqual(request.headers["authorization"], "Bearer " + KEY)
-
-    def test_cannot_answer_in_the_place_of_the_server(self):
-        """What it sends in clear behind its own answer is never read as the server's."""
-        fake = HEAD + b"Content-Length: %d\r\n\r\n%s" % (len(GOOD), GOOD)
-        with Proxy(slip=fake) as proxy, Server(reply("real"), tls="127.0.0.1") as server:
-            self.use("https", proxy)
-            self.assertEqual(self.client(server).ask("Hi"), "real")
+            with self.subTest(user=user, scheme="http"), Server(reply("a")) as proxy:
+                self.use("http", proxy, user)  # which is asked for the whole URL
+                client = self.client("http://far.example:81/v1?a=b", allow_http=True)
+                self.assertEqual(client.ask("Hi"), "a")
+                (seen,) = proxy.requests
+                self.assertEqual(
+                    (seen.path, seen.headers["host"], seen.headers.get("proxy-authorization")),
+                    ("http://far.example:81/v1/chat/completions?a=b", "far.example:81", line))
 
     def test_is_left_out_where_it_is_not_wanted(self):
-        """NO_PROXY has its usual forms; an http proxy elsewhere never sees what is for here."""
+        """NO_PROXY has its usual forms; what the environment says after the client was made does
+        not matter; lower case wins; an http proxy elsewhere never sees what is for here."""
         for no, direct in (("", 0), ("127.0.0.1", 1), ("*", 1), ("x, 127.0.0.1 ", 1), (".0.0.1", 1),
                            ("127.0.0.1:%d", 1), ("127.0.0.1:1", 0), ("127.0.0.0/8", 0), ("x", 0)):
-            with self.subTest(no=no), Proxy() as proxy, Server(reply("yes")) as server:
+            with self.subTest(no=no), Proxy() as proxy, Server(*[reply("yes")] * 4) as server:
+                os.environ.update(no_proxy=no.replace("%d", str(server.port)), http_proxy="")
+                before = self.client(server)
                 self.use("http", proxy)
-                os.environ["no_proxy"] = no % server.port if "%" in no else no
-                with self.client(server) as client:
+                self.assertEqual(self.client(server).ask("Hi"), "yes")
+                os.environ.update(HTTP_PROXY=os.environ["http_proxy"], http_proxy="")
+                clients = [before, self.client(server)]
+                os.environ["http_proxy"] = "http://192.0.2.1:3128"
+                for client in clients + [self.client(server)]:
                     self.assertEqual(client.ask("Hi"), "yes")
-                self.assertEqual(len(proxy.heads), 1 - direct)
                 self.assertEqual(["POST http://" in head for head in proxy.heads],
-                                 [True] * len(proxy.heads))
-        del os.environ["no_proxy"]
-        with Server(reply("yes")) as server:
-            os.environ["http_proxy"] = "http://192.0.2.1:3128"
-            self.assertEqual(self.client(server).ask("Hi"), "yes")
-
-    def test_is_chosen_when_the_client_is_made(self):
-        """What the environment says later does not matter, and lower case wins."""
-        with Proxy() as proxy, Server(reply("yes")) as server:
-            client = self.client(server)
-            self.use("http", proxy)
-            self.assertEqual(client.ask("Hi"), "yes")
-            os.environ.update(HTTP_PROXY=os.environ["http_proxy"], http_proxy="")
-            self.assertIsNone(self.client(server)._endpoint.proxy)
-            self.assertEqual(proxy.heads, [])
+                                 [True] * (1 - direct))
 
     def test_that_refuses_is_believed(self):
         """407, 403 and redirects are for good; 502, 503 and 504 may pass; garbage may, too."""
-        for code, attempts in ((407, 1), (403, 1), (302, 1), (502, 3), (503, 3), (504, 3)):
+        login = " (login for the proxy: http://user:password@host:port in https_proxy)"
+        for code, attempts, hint in ((407, 1, login), (403, 1, ""), (302, 1, ""), (502, 3, ""),
+                                     (503, 3, ""), (504, 3, "")):
             with self.subTest(code=code), Proxy(refuse=code) as proxy:
                 self.use("https", proxy, "me:secret@")
-                error = self.outcome_at(self.client(NOWFOLDER, max_retries=2))
-                self.assert_error(error, cometlimit.APIConnectionError,
-                                  "the proxy refuses: %d Any" % code, attempts=attempts)
+                error = self.outcome_at(self.client(NOWHERE, max_retries=2))
+                self.assert_error(
+                    error, cometlimit.APIConnectionError, "the proxy 127.0.0.1:%d refuses: %d Any%s"
+                    % (proxy.port, code, hint), attempts=attempts, retryable=attempts > 1)
                 self.assertEqual(len(proxy.heads), attempts)
-        for data in (b"nonsense\r\n\r\n", b"", b"HTTP/1.1 200 OK\r\n\r\nnonsense in place of TLS"):
+        for data in (b"nonsense\r\n\r\n", b"", b"HTTP/1.1 200 OK\r\n\r\nnonsense, not TLS"):
             def answer(sock):
-                read_request(sock)
+                sock.recv(1 << 16)
                 sock.sendall(data)
             with self.subTest(data=data), Port(answer) as proxy:
                 self.use("https", proxy, "me:secret@")
-                error = self.outcome_at(self.client(NOWFOLDER, max_retries=1))
+                error = self.outcome_at(self.client(NOWHERE, max_retries=1))
                 self.assertIs(type(error), cometlimit.APIConnectionError)
+                self.assertIn("the proxy 127.0.0.1:%d" % proxy.port, str(error))
                 self.assertNotIn("secret", str(error))
+
+    def test_for_all_schemes_is_told_to_be_unused(self):
+        """all_proxy goes by in silence, unless no connection comes about without it."""
+        hint = " (all_proxy is not used: name the proxy in https_proxy)"
+        for names, told in (("", ""), ("all_proxy", hint), ("ALL_PROXY", hint),
+                            ("all_proxy https_proxy", "")):
+            os.environ.update(dict.fromkeys(names.split(), "http://127.0.0.1:1"))
+            error = str(self.outcome_at(self.client(NOWHERE, max_retries=0)))
+            with self.subTest(names=names):
+                self.assertRegex(error, "^no connection to (the proxy )?127.0.0.1:1. Conn[^(]*$"
+                                 if not told else re.escape(told) + "$")
+                self.assertEqual("the proxy 127" in error, "https_proxy" in names)
+            for name in names.split():
+                del os.environ[name]
 
     def test_of_another_kind_is_refused(self):
         """A scheme that is not spoken is a ConfigurationError that shows no password."""
@@ -3449,163 +3484,136 @@ class TheProxy(Hostile):
                       "http://me:secret@h:x", "http://me:secret@h:70000", "me:secret@[::1"):
             os.environ["https_proxy"] = proxy
             with self.subTest(proxy=proxy):
-                with self.assertRaisesRegex(cometlimit.ConfigurationError, "https_proxy cannot be "
-                                            "used: only http://host:port can"):
-                    try:
-                        cometlimit.Client(api_key=KEY)
-                    finally:
-                        self.assertNotIn("secret", traceback.format_exc())
+                try:
+                    cometlimit.Client(api_key=KEY)
+                except cometlimit.ConfigurationError:
+                    shown = traceback.format_exc()
+                self.assertIn("https_proxy cannot be used: only http://host:port can", shown)
+                self.assertNotIn("secret", shown)
 
 
 class TrustedCertificates(Hostile):
     """No other server gets the key."""
 
-    def check(self, tls, words, **options):
-        """A server that is not trusted sees one connection and no request."""
-        with Server(tls=tls) as server:
-            server.faults = collections_that_forget()
-            error = self.outcome_at(self.client(server, **options))
-            self.assertIs(type(error), cometlimit.APIConnectionError)
-            self.assertEqual((error.attempts, error.retryable), (1, False))
-            self.assertRegex(str(error), words)
-            self.assertEqual((server.connections, server.requests), (1, []))
+    def handshake(self, context, **options):
+        """The error of a client, what it has sent, and the number of its connections."""
+        def serve(sock):
+            with context.wrap_socket(sock, server_side=True, do_handshake_on_connect=False) as tls:
+                try:
+                    tls.do_handshake()
+                    seen.append(tls.recv(1 << 16))
+                except OSError:
+                    while socket.socket.recv(tls, 1 << 16):  # left unread, it would be a reset
+                        pass
+        seen, prompt = [], options.pop("prompt", "Hi")
+        with Port(serve) as server:
+            error = self.outcome_at(self.client(server.https, **options), prompt)
+        self.assertIs(type(error), cometlimit.APIConnectionError)
+        self.assertEqual((error.attempts, error.retryable), (1, False), error)
+        self.assertEqual((server.connections, [data for data in seen if data]), (1, []))
+        return str(error)
 
     def test_are_those_of_a_known_authority_for_this_host_and_time(self):
-        """An unknown CA, another host, a past date: told with the remedy, once."""
-        remedy = r"not trusted.*ca_file=, SSL_CERT_FILE or REQUESTS_CA_BUNDLE"
-        certificate("localhost")
-        special("expired", "127.0.0.1", days=0)
-        special("self", "127.0.0.1", authority="self")
-        special("other", "other", authority="other", extensions=(
-            "basicConstraints=critical,CA:TRUE", "keyUsage=critical,keyCertSign",
-            "subjectKeyIdentifier=hash"))
-        for tls, options in (("localhost", {}), ("expired", {}), ("self", {}),
-                             ("127.0.0.1", {"ca_file": certificate("other")}),
-                             ("127.0.0.1", {"ca_file": None})):
-            with self.subTest(tls=tls, **options):
-                self.check(tls, remedy, **options)
+        """An unknown CA, another host, a past date: told with the remedy, once; whatever the
+        program did to ssl's defaults."""
+        self.replace(ssl, _create_default_https_context=ssl._create_unverified_context)
+        good = certificate("127.0.0.1")
+        for file, options in ((certificate("localhost"), {}), (good, {"ca_file": None}),
+                              (certify_again("127.0.0.1", "expired", days="0"), {}),
+                              (certificate("127.0.0.1", signed=False), {}),
+                              (good, {"ca_file": certificate("localhost")})):
+            with self.subTest(file=file, **options):
+                self.assertRegex(self.handshake(server_context(None, file), **options),
+                                 "not trusted.*ca_file=, SSL_CERT_FILE or REQUESTS_CA_BUNDLE")
         os.environ["SSL_CERT_FILE"] = "/no/file"
-        self.check("127.0.0.1", remedy, ca_file=None)
-
-    def test_are_demanded_whatever_the_program_did_to_the_defaults(self):
-        """A tampered ssl._create_default_https_context has no effect."""
-        original = ssl._create_default_https_context
-        self.addCleanup(setattr, ssl, "_create_default_https_context", original)
-        ssl._create_default_https_context = ssl._create_unverified_context
-        self.check("127.0.0.1", "not trusted", ca_file=None)
+        self.assertIn("not trusted", self.handshake(server_context("127.0.0.1"), ca_file=None))
 
     def test_may_be_named_in_many_ways(self):
-        """By ca_file, a bundle of the environment or a directory of hashed names; ca_file wins."""
-        authority = certificate("ca")
-        folder = os.path.join(Certificates.folder, "hashed")
+        """By ca_file, a bundle of the environment or a directory of hashed names; ca_file wins,
+        beside the system's. What is missing or empty is named, with where it was said."""
+        authority, none = certificate("ca"), "/no/file"
+        folder, empty = os.path.join(Certificates.folder, "hashed"), Certificates.folder + "/empty"
         name = subprocess.run(["openssl", "x509", "-hash", "-noout", "-in", authority],
                               stdout=subprocess.PIPE, check=True).stdout.decode().strip()
         os.makedirs(folder, exist_ok=True)
         shutil.copy(authority, os.path.join(folder, name + ".0"))
-        for variables, option in (({"CURL_CA_BUNDLE": authority}, None), ({}, folder),
-                                  ({"REQUESTS_CA_BUNDLE": folder}, None),
-                                  ({"SSL_CERT_DIR": folder}, None),
-                                  ({"REQUESTS_CA_BUNDLE": "/no/file"}, authority),
-                                  ({"REQUESTS_CA_BUNDLE": authority,
-                                    "CURL_CA_BUNDLE": "/no/file"}, None)):
-            os.environ.update(variables)
-            with self.subTest(option=option, **variables):
-                with Server(reply("yes"), tls="127.0.0.1") as server:
-                    self.assertEqual(self.client(server, ca_file=option).ask("Hi"), "yes")
-            for name in variables:
-                del os.environ[name]
-        stats = cometlimit.Client(api_key=KEY)._endpoint.context.cert_store_stats()["x509_ca"]
-        client = cometlimit.Client(api_key=KEY, ca_file=authority)
-        self.assertEqual(client._endpoint.context.cert_store_stats()["x509_ca"], stats + 1)
-
-    def test_that_cannot_be_loaded_are_named(self):
-        """A missing or empty file is a ConfigurationError with its name and where it was said."""
-        certificate("ca")
-        empty = os.path.join(Certificates.folder, "empty.pem")
         open(empty, "w").close()
-        for path in ("/no/file", empty):
-            for name in ("ca_file", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
-                with self.subTest(path=path, name=name):
-                    options = {"ca_file": path} if name == "ca_file" else {}
-                    os.environ.update({} if options else {name: path})
-                    with self.assertRaisesRegex(cometlimit.ConfigurationError,
-                                                "of %s .*%s" % (name, path)):
-                        cometlimit.Client(api_key=KEY, **options)
-                    os.environ.pop(name, None)
-        os.environ["SSLKEYLOGFILE"] = "/no/folder/file"
-        if sys.version_info >= (3, 8) and not sys.flags.ignore_environment:
-            with self.assertRaisesRegex(cometlimit.ConfigurationError, "/no/folder/file"):
-                cometlimit.Client(api_key=KEY)
+        for variables, option in (
+                ({"CURL_CA_BUNDLE": authority}, None), ({"REQUESTS_CA_BUNDLE": folder}, None),
+                ({}, folder), ({"SSL_CERT_DIR": folder}, None),
+                ({"REQUESTS_CA_BUNDLE": none}, authority),
+                ({"SSL_CERT_FILE": authority}, certificate("localhost")),
+                ({"REQUESTS_CA_BUNDLE": authority, "CURL_CA_BUNDLE": none}, None)):
+            with self.subTest(option=option, **variables):
+                with unittest.mock.patch.dict(os.environ, variables), Server(
+                        reply("yes"), tls="127.0.0.1") as server:
+                    self.assertEqual(self.client(server, ca_file=option).ask("Hi"), "yes")
+        bad = [(name, path) for path in (none, empty) for name in (
+            "ca_file", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")]
+        if sys.version_info >= (3, 8):
+            bad.append(("SSLKEYLOGFILE", none))
+        for name, path in bad:
+            with self.subTest(name=name, path=path), unittest.mock.patch.dict(
+                    os.environ, {} if name == "ca_file" else {name: path}):
+                words = "%s" if name == "SSLKEYLOGFILE" else "of " + name + " .*%s"
+                with self.assertRaisesRegex(cometlimit.ConfigurationError, words % path):
+                    cometlimit.Client(api_key=KEY, ca_file=path if name == "ca_file" else None)
 
     def test_without_key_usage_are_refused_with_a_remedy_where_python_does(self):
         """A CA of TLS inspection that is not strict: trusted, or told what is missing."""
-        lax = special("lax", "lax", authority="lax", extensions=(
-            "basicConstraints=CA:TRUE", "subjectKeyIdentifier=hash"))
-        special("inspected", "127.0.0.1", authority="lax")
+        lax = certify_again("ca", "lax", extensions=(
+            "basicConstraints=CA:TRUE\nsubjectKeyIdentifier=hash"))
         strict = getattr(ssl, "VERIFY_X509_STRICT", 0)
         if ssl.create_default_context().verify_flags & strict:
-            self.check("inspected", "Python 3.13 also demands of a CA.*key usage", ca_file=lax)
+            self.assertRegex(self.handshake(server_context("127.0.0.1"), ca_file=lax),
+                             "Python 3.13 also demands of a CA.*key usage")
         else:
-            with Server(reply("yes"), tls="inspected") as server:
+            with Server(reply("yes"), tls="127.0.0.1") as server:
                 self.assertEqual(self.client(server, ca_file=lax).ask("Hi"), "yes")
 
     def test_do_not_help_an_old_protocol(self):
         """TLS 1.1 is refused, even where the system's OpenSSL would allow it."""
-        certificate("ca"), certificate("127.0.0.1")
-        original = ssl.create_default_context
-        self.addCleanup(setattr, ssl, "create_default_context", original)
-
         def lax(context):
             context.set_ciphers("ALL:@SECLEVEL=0")
             if hasattr(ssl, "TLSVersion"):
                 context.minimum_version = ssl.TLSVersion.TLSv1
             return context
-
-        def serve(sock):
-            with contextlib.suppress(OSError), old.wrap_socket(sock, server_side=True) as sock:
-                spoken.append(sock.version())
-        spoken = []
+        original = ssl.create_default_context
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the newest deprecate what is needed here
-            old = lax(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER))
-            old.load_cert_chain(certificate("127.0.0.1"))
+            old = lax(server_context("127.0.0.1"))
             old.options |= ssl.OP_NO_TLSv1_2 | getattr(ssl, "OP_NO_TLSv1_3", 0)
-            ssl.create_default_context = lambda: lax(original())
-            with Port(serve) as server:
-                error = self.outcome_at(self.client(
-                    server, ca_file=certificate("ca"),
-                    base_url="https://127.0.0.1:%d/v1" % server.port))
-        self.assertEqual(spoken, [])
-        self.assertEqual((type(error), error.retryable, error.attempts),
-                         (cometlimit.APIConnectionError, False, 1), error)
-        self.assertRegex(str(error), "TLS cannot be set up")
+            self.replace(ssl, create_default_context=lambda: lax(original()))
+            self.assertRegex(self.handshake(old), "TLS cannot be set up with 127.0.0.1:")
+
+    def test_of_the_client_are_told_to_be_demanded(self):
+        """Once, whenever it shows: in the handshake or, with TLS 1.3, in the place of an answer."""
+        for forbidden, size in itertools.product(("OP_NO_TLSv1_3", "OP_NO_TLSv1_2"), (1, 3000000)):
+            context = server_context("127.0.0.1")
+            context.verify_mode = ssl.CERT_REQUIRED
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                context.options |= getattr(ssl, forbidden, 0)
+            with self.subTest(forbidden=forbidden, size=size):
+                self.assertIn("it may demand a certificate of the client",
+                              self.handshake(context, prompt="x" * size))
 
     def test_of_a_server_that_goes_away_may_come_later(self):
         """A hang-up or a reset during the handshake may pass; a server without TLS does not."""
-        def serve(sock):
-            sock.recv(1 << 16)
-            line.send(sock)
         for line, attempts in ((hang_up(), 2), (reset(), 2), (raw(b"HTTP/1.1 400 No\r\n\r\n"), 1)):
-            with self.subTest(attempts=attempts), Port(serve) as server:
-                error = self.outcome_at(self.client(
-                    server, base_url="https://127.0.0.1:%d/v1" % server.port, max_retries=1))
+            with self.subTest(attempts=attempts), Port(
+                    lambda sock: sock.recv(1 << 16) and line.send(sock)) as server:
+                error = self.outcome_at(self.client(server.https, max_retries=1))
                 self.assertIs(type(error), cometlimit.APIConnectionError)
                 self.assertEqual((error.attempts, server.connections), (attempts, attempts), error)
-
-
-def collections_that_forget():
-    """A list that stays empty: a handshake that fails is no fault of the server's."""
-    class Forgetful(list):
-        def append(self, item):
-            pass
-    return Forgetful()
 
 
 class TheKeyOnTheWire(Hostile):
     """Goes to the server alone."""
 
     def test_is_not_shown_by_debugging_aids(self):
-        """Not by locals in a traceback, http.client's debug level or urllib's installed opener."""
+        """Not by locals in a traceback, http.client's debug level, urllib's installed opener or
+        audit hooks."""
         class Spy(urllib.request.BaseHandler):
             def http_request(self, request):
                 seen.append(request)
@@ -3613,19 +3621,18 @@ class TheKeyOnTheWire(Hostile):
         seen = []
         self.addCleanup(setattr, urllib.request, "_opener", None)
         urllib.request.install_opener(urllib.request.build_opener(Spy))
-        connection = cometlimit.http.client.HTTPConnection
-        self.addCleanup(setattr, connection, "debuglevel", 0)
-        connection.debuglevel = 1
-        with Server(status(401)) as server, open(os.devnull, "w") as nowhere:
-            with contextlib.redirect_stdout(nowhere):
-                nowhere.write = seen.append
-                try:
-                    self.client(server).ask("Hi")
-                except cometlimit.Error as error:
-                    shown = "".join(traceback.TracebackException(
-                        type(error), error, error.__traceback__, capture_locals=True).format())
+        self.replace(cometlimit.http.client.HTTPConnection, debuglevel=1)
+        with Server(status(401)) as server, contextlib.redirect_stdout(io.StringIO()) as printed:
+            error = self.client(server).submit("Hi").exception(TIMEOUT)
+        shown = "".join(traceback.TracebackException(
+            type(error), error, error.__traceback__, capture_locals=True).format())
         self.assertNotIn(KEY, shown)
-        self.assertEqual(seen, [])
+        self.assertEqual((seen, printed.getvalue()), ([], ""))
+        if hasattr(sys, "addaudithook"):
+            with Server(forever=reply_echo) as server:
+                self.assertEqual(end(start(server, "seen = []; sys.addaudithook("
+                                           "lambda *event: seen.append(repr(event)))", ASK + """
+                assert "urllib.Request" in str(seen) and %r not in str(seen)""" % KEY)), (0, ""))
 
 
 SCRIPT = """\
@@ -3661,29 +3668,36 @@ def end(process):
     return process.returncode, text
 
 
-def run(*args, **options):
-    return end(start(*args, **options))
-
-
 class LockedDownPlaces(Hostile):
     """Are where this runs."""
 
     def test_do_not_matter(self):
         """Flags, environment, closed streams, few descriptors, no folder, no file to write."""
-        bare = {"env": {}}
         table = {
             "isolated": {"flags": ["-I", "-S", "-B"]}, "optimized": {"flags": ["-OO"]},
-            "strict": {"flags": ["-W", "error"]}, "no environment": bare,
+            "strict": {"flags": ["-W", "error"]}, "no environment": {"env": {}},
             "isolated, no environment": {"flags": ["-I", "-S", "-B"], "env": {}},
             "C": {"env": {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}},
             "no stdin": {"shell": 'exec "$@" <&-'}, "no stdout": {"shell": 'exec "$@" >&-'},
             "no streams": {"shell": 'exec "$@" <&- >&- 2>&-'},
             "64 descriptors": {"shell": 'ulimit -n 64; exec "$@"', "options": "max_concurrency=5"},
             "nothing to be written": {"shell": 'ulimit -f 0; exec "$@"'},
-            "no home": {"shell": 'unset HOME; exec "$@"'}}
-        table["no folder"] = {"flags": ["-I"], "before": "import tempfile\n"
-                              "place = tempfile.mkdtemp()\n"
-                              "os.chdir(place); os.rmdir(place)"}
+            "no home": {"shell": 'unset HOME; exec "$@"'},
+            "no folder": {"flags": ["-I"], "before": "import tempfile\n"
+                          "place = tempfile.mkdtemp()\nos.chdir(place); os.rmdir(place)"},
+            "no docstrings": {"flags": ["-OO"], "body": ASK + """
+                assert cometlimit.main(["--help"]) == cometlimit.main(["--version"]) == 0"""},
+            "no ssl": {"before": "sys.modules['_ssl'] = None", "body": ASK + """
+                try: cometlimit.Client(api_key="k", model="m")
+                except cometlimit.ConfigurationError as e: assert "ssl module" in str(e), e
+                else: sys.exit("accepted")"""}}
+        if hasattr(os, "geteuid") and os.geteuid() == 0:  # who may not even read the library
+            table["no such user"] = {"before": "import pwd", "env": {}, "body": """
+                sys.path[:] = []
+                os.setgid(54321), os.setuid(54321)
+                try: pwd.getpwuid(54321), sys.exit('known')
+                except KeyError: pass
+""" + ASK}
         with Server(forever=reply_echo) as server:
             started = [(name, start(server, **words)) for name, words in table.items()]
             for name, process in started:
@@ -3691,156 +3705,102 @@ class LockedDownPlaces(Hostile):
                     self.assertEqual(end(process), (0, ""))
             self.assertEqual(len(server.requests), len(table))
 
-    def test_may_know_no_such_user(self):
-        """A user without a passwd entry, who may not even read Python's library any more."""
-        if not hasattr(os, "geteuid") or os.geteuid() != 0:
-            self.skipTest("only root can become somebody unknown")
-        with Server(forever=reply_echo) as server:
-            self.assertEqual(run(server, "import pwd", """
-                sys.path[:] = []
-                os.setgid(54321), os.setuid(54321)
-                try: pwd.getpwuid(54321), sys.exit('known')
-                except KeyError: pass
-""" + ASK, env={}), (0, ""))
-
-    def test_may_have_no_descriptor_left(self):
-        """That is told with its remedies, not taken for a name unknown or a server's fault."""
-        done = run(types.SimpleNamespace(url="https://localhost:1/v1"), "import resource", """
-                resource.setrlimit(resource.RLIMIT_NOFILE, (20, 20))
-                try:
-                    while True: os.dup(2)
-                except OSError: pass
+    def test_may_have_few_descriptors_or_none(self):
+        """None is told with its remedies, not taken for a name unknown or a server's fault; those
+        threads that get none leave the work to the others: nothing is lost."""
+        for options, body in (("max_retries=0", """
                 error = next(client.map(["Hi"], return_exceptions=True))
-                if error.code != "no_socket" or error.overload or "ulimit -n" not in str(error):
-                    sys.exit(repr(error))""", options="max_retries=0")
-        self.assertEqual(done, (0, ""))
-
-    def test_may_have_few_descriptors_left(self):
-        """Those threads that get none leave the work to the others: nothing is lost."""
-        with Server(forever=reply_echo) as server:
-            self.assertEqual(run(server, "import resource", """
-                resource.setrlimit(resource.RLIMIT_NOFILE, (20, 20))
-                held = []
-                try:
-                    while True: held.append(os.dup(2))
-                except OSError: pass
+                if error.code != "no_socket" or "ulimit -n" not in str(error):
+                    sys.exit(repr(error))
+                for fd in held: os.close(fd)"""), ("max_concurrency=12, max_delay=0.1", """
                 for fd in held[:4]: os.close(fd)
                 prompts = list(map(str, range(24)))
                 texts = [done.text for done in client.map(prompts)]
                 if texts != prompts: sys.exit(repr(texts))
-                for fd in held[4:]: os.close(fd)
-""", options="max_concurrency=12, max_delay=0.1"), (0, ""))
-
-    def test_may_have_no_tls(self):
-        """Without the ssl module https is a ConfigurationError, and http to this machine works."""
-        with Server(forever=reply_echo) as server:
-            self.assertEqual(run(server, "sys.modules['_ssl'] = None", ASK + """
-                try: cometlimit.Client(api_key="k", model="m")
-                except cometlimit.ConfigurationError as e: assert "ssl module" in str(e), e
-                else: sys.exit("accepted")"""), (0, ""))
-
-    def test_may_strip_the_command_line_of_its_docstrings(self):
-        """The command line works under -OO, too."""
-        for words in (["--version"], ["--help"]):
-            done = subprocess.run([sys.executable, "-OO", cometlimit.__file__] + words,
-                                  stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=TIMEOUT)
-            self.assertEqual((done.returncode, done.stderr), (0, b""))
+                for fd in held[4:]: os.close(fd)""")):
+            with self.subTest(options=options), Server(forever=reply_echo) as server:
+                self.assertEqual(end(start(server, "import resource", """
+                resource.setrlimit(resource.RLIMIT_NOFILE, (20, 20))
+                held = []
+                try:
+                    while True: held.append(os.dup(2))
+                except OSError: pass""" + body, options)), (0, ""))
 
 
 class Threads(Hostile):
     """May be few, and may call from anywhere."""
 
-    def refuse_threads(self, allowed):
-        original, _ = threading.Thread.start, self.addCleanup(
-            setattr, threading.Thread, "start", threading.Thread.start)
-        left = [allowed]
-
-        def start(thread):
-            if thread.name == "cometlimit":
-                left[0] -= 1
-                if left[0] < 0:
-                    raise RuntimeError("can't start new thread")
-            original(thread)
-        threading.Thread.start = start
-
     def test_that_cannot_be_started_are_an_error(self):
-        """Without any, submit raises it at once; with one, all is answered by that."""
+        """Without any, it is raised at once; with one, all is answered by that, names included."""
+        original, left = threading.Thread.start, []
+
+        def refuse(thread):
+            if "cometlimit" in thread.name + threading.current_thread().name:
+                if not left:
+                    raise RuntimeError("can't start new thread")
+                left.pop()
+            original(thread)
+        self.replace(threading.Thread, start=refuse)
+        texts = list("abcdefgh")
         with Server(forever=reply_echo) as server:
             for allowed in (1, 0):
-                self.refuse_threads(allowed)
+                left[:] = [None] * allowed
                 with self.client(server, max_concurrency=4) as client:
-                    if allowed:
-                        self.assertEqual([done.text for done in client.map(list("abcdefgh"))],
-                                         list("abcdefgh"))
-                        continue
-                    for job in (lambda: client.ask("Hi"), lambda: list(client.map(["Hi"] * 9))):
-                        with self.assertRaisesRegex(cometlimit.Error, "no thread can be started"):
-                            job()
+                    for job in (lambda: list(client.map(texts)), lambda: client.ask("Hi")):
+                        if allowed:
+                            self.assertEqual([done.text for done in client.map(texts)], texts)
+                        else:
+                            with self.assertRaisesRegex(cometlimit.Error, "no thread can be start"):
+                                job()
+                    left[:] = [None] * 9
+                    self.assertEqual(client.ask("again"), "again")
 
     def test_of_a_callback_do_not_wait_for_themselves(self):
-        """To ask from a callback or from on_record is answered or refused, never a deadlock."""
-        for place, ask in (("callback", lambda: client.ask("2")),
-                           ("on_record", lambda: client.ask("2")),
-                           ("callback", lambda: next(client.map(["2"])).text)):
-            results, called = [], threading.Event()
+        """ask(), map() and close() in a callback or in on_record: done or refused, no deadlock."""
+        for name, place in itertools.product(("ask", "map", "close"), ("callback", "on_record")):
+            began, ended = threading.Event(), threading.Event()
 
             def again(_):
-                if not called.is_set():
-                    called.set()
-                    try:
-                        results.append(ask())
-                    except Exception as error:
-                        results.append(error)
-            with self.subTest(place=place), Server(forever=reply_echo) as server:
-                client = self.client(server, **{"on_record": again} if place != "callback" else {})
+                if not began.is_set():
+                    began.set()
+                    with contextlib.suppress(cometlimit.ConfigurationError):
+                        list(getattr(client, name)(*["2"] * (name != "close")) or ())
+                    ended.set()
+            with self.subTest(name=name, place=place), Server(forever=reply_echo) as server:
+                client = self.client(server, on_record=again if place == "on_record" else None)
                 call = client.submit("1")
                 if place == "callback":
                     call.add_done_callback(again)
-                end_at = time.monotonic() + 2.0
-                while not results and time.monotonic() < end_at:
-                    time.sleep(0.005)
+                self.assertTrue(ended.wait(2.0), "a deadlock")
+                self.assertEqual(call.result(TIMEOUT).text, "1")
                 client.close()
-                self.assertTrue(results and (results == ["2"] or isinstance(
-                    results[0], cometlimit.ConfigurationError)), "a deadlock: %r" % results)
-
-    def test_of_a_client_closed_in_a_callback_end(self):
-        """close() from a callback or from on_record does not wait for its own thread."""
-        for place in ("callback", "on_record"):
-            closed = threading.Event()
-
-            def close(_):
-                client.close()
-                closed.set()
-            with self.subTest(place=place), Server(forever=reply_echo) as server:
-                client = self.client(server, **{"on_record": close} if place != "callback" else {})
-                call = client.submit("1")
-                if place == "callback":
-                    call.add_done_callback(close)
-                self.assertTrue(closed.wait(TIMEOUT))
 
     def test_at_the_end_of_the_interpreter_do_no_harm(self):
-        """What is asked in atexit is answered or refused by an Error; what hangs is left."""
+        """What was submitted is still sent and waited for, no longer than its timeout; what is
+        asked in atexit is answered or refused by an Error."""
         late = """
                 import atexit
                 def last():
-                    try: assert client.ask("Hi") == "Hi"
+                    try: assert client.ask("late") == "late"
                     except cometlimit.Error: pass
                 atexit.register(last)"""
-        hung = """
+        left = """
+                for number in range(9): client.submit(str(number))
                 client.submit("stall")"""
         with Server(forever=lambda request: stall() if request.prompt == "stall"
                     else reply_echo(request)) as server:
-            processes = [start(server, body=body) for body in (late, hung)]
-            for process in processes:
-                with self.subTest():
-                    self.assertEqual(end(process), (0, ""))
+            for process in [start(server, body=late), start(
+                    server, body=left, options="max_concurrency=2, timeout=0.7, max_retries=0")]:
+                self.assertEqual(end(process), (0, ""))
+            self.assertEqual({request.prompt for request in server.requests} - {"late"},
+                             set("012345678") | {"stall"})
 
     @unittest.skipUnless(hasattr(os, "fork"), "there is no fork here")
     def test_of_a_fork_end_with_it(self):
         """A child that leaves its parent's with block, or submits at once, is not held."""
+        authority, quiet = certificate("ca"), "import warnings; warnings.simplefilter('ignore')"
         with Server(forever=reply_echo, tls="127.0.0.1") as server:
-            authority = certificate("ca")
-            self.assertEqual(run(server, "import warnings; warnings.simplefilter('ignore')", """
+            self.assertEqual(end(start(server, quiet, """
                 assert client.ask("a") == "a"
                 with client:
                     held = client.submit("b")
@@ -3849,18 +3809,18 @@ class Threads(Hostile):
                         assert client.submit("c").result().text == "c"
                 if child:
                     assert held.result().text == "b"
-                    assert os.waitpid(child, 0)[1] == 0""", "ca_file=%r" % authority), (0, ""))
+                    assert os.waitpid(child, 0)[1] == 0""", "ca_file=%r" % authority)), (0, ""))
             self.assertEqual(sorted(request.prompt for request in server.requests), list("abc"))
 
     def test_of_two_clients_share_nothing(self):
         """Each has its own key, connection and limit."""
         with Server(forever=reply_echo) as one, Server(forever=reply_echo) as two:
-            with self.client(one) as first, self.client(two, api_key="sk-other-key") as second:
-                calls = [client.submit(str(n)) for n in range(20) for client in (first, second)]
-                self.assertEqual([call.result().text for call in calls],
-                                 [str(n) for n in range(20) for _ in range(2)])
-                first.close()
-                self.assertEqual(second.ask("on"), "on")
+            first, second = self.client(one), self.client(two, api_key="sk-other-key")
+            calls = [client.submit(str(n)) for n in range(20) for client in (first, second)]
+            self.assertEqual([call.result().text for call in calls],
+                             [str(n) for n in range(20) for _ in range(2)])
+            first.close()
+            self.assertEqual(second.ask("on"), "on")
             for server, key, count in ((one, KEY, 20), (two, "sk-other-key", 21)):
                 self.assertEqual({r.headers["authorization"] for r in server.requests},
                                  {"Bearer " + key})
