@@ -1179,9 +1179,9 @@ class _Connection(io.RawIOBase):
         """Send a request, and read the head of its answer."""
         self.request, self.heard, request.connection = request, 0, self
         try:
-            self._refuse_cut()  # hang_up() may have come before it could find this
             if not self.stands:
                 self._connect()
+            self._refuse_cut()
             refused_early = not self._send(request)
             response = http.client.HTTPResponse(self.reader, method="POST")
             response.begin()
