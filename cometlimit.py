@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Ask a chat completions API many questions at once, at the rate its limit allows.
 
-One file, standard library only, CPython 3.6 or newer on POSIX: copy it into your project.
+One file, standard library only, CPython 3.6 or newer on POSIX: copy it to your project.
 
     import cometlimit
     print(cometlimit.ask_all(["Say hello.", "Write a title."], model="your-model-id"))
@@ -13,22 +13,20 @@ One file, standard library only, CPython 3.6 or newer on POSIX: copy it into you
 What it promises (all times are in seconds):
   * Answers come in the order of the prompts, and none is lost.
   * Never more than max_concurrency requests are in flight, retries included.
-  * The provider's limit is found and kept to; a refusal by chance is not taken for one.
-  * What may pass is tried again, after max_delay at the latest; what cannot pass is not.
+  * The provider's limit is found and kept; refusals by chance are not taken for one.
+  * What may pass is tried again, max_delay later at most; what cannot pass is not.
   * The key is shown nowhere, redirects are not followed, certificates are verified.
   * Every HTTP attempt leaves a Record; whatever waits can be interrupted.
 
-    Error                       every failure of a prompt
-    +-- ConfigurationError      a key, URL, prompt or parameter cannot work: nothing was sent
-    +-- APIConnectionError      no whole answer: no connection, TLS, a reset, a cut-off body
-    |   +-- APITimeoutError     no whole answer in time
-    +-- APIStatusError          a status of failure
-    |   +-- RateLimitError      429
-    +-- APIResponseError        a 2xx answer that holds no completion
+    Error                      every failure of a prompt
+    +-- ConfigurationError     a key, URL, prompt or parameter that cannot work
+    +-- APIConnectionError     no whole answer: no connection, TLS, a cut-off body
+    |   +-- APITimeoutError    no whole answer in time
+    +-- APIStatusError         a status of failure
+    |   +-- RateLimitError     429
+    +-- APIResponseError       a 2xx answer that holds no completion
 
-Where things are: errors, values, the client, the loop (turns and attempts), the throttle,
-the wire (urllib's opener and kept connections), reading answers, settings, the command line.
-Version 2.0.0; home, documentation and tests: https://github.com/cometlimit/cometlimit
+Version 2.0.0. Home: https://github.com/cometlimit/cometlimit
 """
 import binascii
 import bisect
@@ -44,11 +42,11 @@ import json
 import logging
 import math
 import os
+import queue
 import random
 import re
 import shlex
 import signal
-import queue
 import socket
 import sys
 import textwrap
@@ -57,35 +55,33 @@ import time
 import urllib.parse
 import urllib.request
 import zlib
-from concurrent.futures import Future
-from concurrent.futures.thread import ThreadPoolExecutor  # now: later may lack descriptors
-from typing import Any, Callable, Deque, Dict, Iterable, Iterator, List, NamedTuple, Optional
-from typing import Set, Tuple, Type, Union
+from concurrent.futures import Future, wait
+from concurrent.futures.thread import ThreadPoolExecutor  # now, while there are files
+from typing import (Any, Callable, Deque, Dict, Iterable, Iterator, List, NamedTuple,
+                    Optional, Set, Tuple, Type, Union)
 
 try:
     import ssl
 except ImportError:  # without OpenSSL, http to this machine still works
     ssl = None  # type: ignore[assignment]
 
-__all__ = ["APIConnectionError", "APIResponseError", "APIStatusError", "APITimeoutError",
-           "Client", "Completion", "ConfigurationError", "Error", "Metrics",
-           "RateLimitError", "Record", "Throttle", "ask_all", "backoff", "main"]
+__all__ = ["APIConnectionError", "APIResponseError", "APIStatusError",
+           "APITimeoutError", "Client", "Completion", "ConfigurationError", "Error",
+           "Metrics", "RateLimitError", "Record", "Throttle", "ask_all", "backoff",
+           "main"]
 __version__ = "2.0.0"
 
 BASE_URL = "https://api.cometapi.com/v1"
-# CometAPI documents 429, 500, 503, 504 and 524 as passing, Groq 498; the others are what
-# gateways and Cloudflare answer for the same reasons.
-RETRYABLE = frozenset({408, 429, 498, 500, 502, 503, 504, 520, 521, 522, 523, 524, 529})
 
-_AHEAD = 16             # answers, per request in flight, that map() holds for a slow one
+_AHEAD = 16             # outcomes per place in flight that map() holds for a slow one
+_LISTEN = 0.25          # seconds after which the main thread sees any signal
 _CLOSING = 0.5          # seconds that close() waits for requests to be hung up on
-_CONNECT = 15.0         # seconds: a host that has not answered a fourth SYN will not answer
-_AFTER_DONE = 1.0       # seconds for a stream to end after it has said [DONE]
+_CONNECT = 15.0         # seconds: who has not answered a fourth SYN will not answer
+_AFTER_DONE = 1.0       # seconds that a stream may go on after it has said [DONE]
 _MAX_ANSWER = 64 << 20  # bytes; more than any completion, less than the memory
 _MAX_ERROR = 64 << 10   # bytes; a gateway was seen to send an error of 114 MB
-_CANCELLED = "cancelled"    # the code of the Error of a call that was given up
-_CUT_OFF = (408, 504, 524)  # what gateways answer where a request was silent for too long
-_TRUST_ANSWERS = 60.0   # seconds after an answer in which "no money" is not believed at once
+_SILENT = (408, 504, 524)  # what gateways answer where a request was silent too long
+_DOUBT = 60.0           # seconds after an answer in which "no money" is not believed
 
 _encode = json.JSONEncoder(allow_nan=False).encode
 _log = logging.getLogger("cometlimit").log
@@ -93,32 +89,28 @@ _log = logging.getLogger("cometlimit").log
 Prompt = Union[str, List[Dict[str, Any]], Dict[str, Any]]
 
 # Time and chance, which the tests replace.
-_now, _wall, _random, _wait = time.monotonic, time.time, random.random, threading.Condition.wait
+_now, _wall, _random, _wait = (
+    time.monotonic, time.time, random.random, threading.Condition.wait)
 
 
 # Errors
 
 
 class Error(Exception):
-    """Every failure of a prompt. Its text says what happened, in the server's words if any.
+    """Every failure of a prompt. Its text has the server's words, if there are any.
 
-    attempts     how many requests were made for the prompt
-    records      a Record for each
-    retryable    whether the same request may pass later
-    retry_after  seconds that the last answer asked to wait, or None
-    status_code  of the last answer, or None without one
-    request_id   to quote to the provider, or None
-    code, type, param, message  the server's own words, where it gave any
-    body         the last answer's JSON value, or its text (64 KiB at most)
+    attempts, records: how many requests were made for the prompt, and a Record for each
+    retryable: whether the same request may pass later; retry_after: in how many seconds
+    status_code, request_id, body (JSON value or text, 64 KiB at most) of the answer
+    code, type, param, message: what the server calls it
     """
 
     _code: Optional[str] = None
 
     def __init__(self, text: str, **details: Any) -> None:
         super().__init__(text)
-        self.attempts: int = 0
+        self.attempts, self.retryable = 0, False
         self.records: Tuple["Record", ...] = ()
-        self.retryable: bool = False
         self.retry_after: Optional[float] = None
         self.status_code: Optional[int] = None
         self.request_id: Optional[str] = None
@@ -150,11 +142,11 @@ class APIStatusError(Error):
 
 
 class RateLimitError(APIStatusError):
-    """Status 429: too many requests or, with code insufficient_quota, too little money."""
+    """Status 429: too many requests or, with code insufficient_quota, no money."""
 
 
 class APIResponseError(Error):
-    """A 2xx answer that is no completion: not JSON, without choices, an error in disguise."""
+    """A 2xx answer without a completion: no JSON, no choices, an error in disguise."""
     _code = "invalid_response"
 
 
@@ -189,15 +181,18 @@ class Completion(NamedTuple):
     body: Dict[str, Any]      # the whole answer
 
 
+Outcome = Union[Completion, Error]
+
+
 # The client
 
 
 class Client:
-    """An endpoint and the manner of calling it: a context manager, safe in many threads.
+    """An endpoint and the manner of calling it: a context manager, safe among threads.
 
-    api_key          else the environment's COMETAPI_KEY; may be missing over http, or where
-                     headers= has an Authorization or api-key of its own
-    base_url         else COMETAPI_BASE_URL, else CometAPI's; https, or http to this machine
+    api_key          else COMETAPI_KEY; not needed over http, nor with an Authorization or
+                     api-key in headers=
+    base_url         else COMETAPI_BASE_URL, else CometAPI's; http only to this machine
     model            for prompts that name none
     max_concurrency  requests in flight at once, retries included
     max_rate         requests a second that are never exceeded, all models together
@@ -207,17 +202,17 @@ class Client:
     deadline         for one prompt with all its waits and attempts
     stream           None: ask for a stream where a gateway cuts silent connections off;
                      True: always; False: never. The Completion is the same
-    check            called with each Completion: if it returns False or raises, the answer
-                     is a failure (code check_failed) that is tried again
+    check            called with each Completion: if it returns False or raises, the
+                     prompt is asked again (error code: check_failed)
     headers          further HTTP headers, by name
-    ca_file          CA certificates (PEM) to trust besides the system's; else
-                     REQUESTS_CA_BUNDLE or CURL_CA_BUNDLE. SSL_CERT_FILE and the *_proxy
-                     variables are obeyed too
-    allow_http       http:// to any host: the key can be read on its way
+    ca_file          CA certificates (PEM) to trust besides the system's, which else
+                     REQUESTS_CA_BUNDLE or CURL_CA_BUNDLE name
+    allow_http       http:// to any host: others can read the key on its way
     on_record        called with each Record, in the thread that made the attempt
 
-    Leaving the `with` block waits for what was submitted; by an exception, or with close(),
-    it does not. Raises ConfigurationError. Cannot be pickled: make one in each process.
+    SSL_CERT_FILE and the *_proxy variables are obeyed. Leaving the `with` block waits
+    for what was submitted; by an exception, or with close(), it does not. Raises
+    ConfigurationError. Cannot be pickled: make one in each process.
     """
 
     def __init__(self, *, api_key: Optional[str] = None, base_url: Optional[str] = None,
@@ -226,21 +221,14 @@ class Client:
                  max_delay: float = 30.0, timeout: float = 600.0,
                  deadline: Optional[float] = None, stream: Optional[bool] = None,
                  check: Optional[Callable[[Completion], Any]] = None,
-                 headers: Optional[Dict[str, str]] = None, ca_file: Optional[str] = None,
-                 allow_http: bool = False,
+                 headers: Optional[Dict[str, str]] = None,
+                 ca_file: Optional[str] = None, allow_http: bool = False,
                  on_record: Optional[Callable[[Record], Any]] = None) -> None:
-        _check_numbers(max_concurrency=max_concurrency, max_rate=max_rate,
-                       max_retries=max_retries, max_delay=max_delay, timeout=timeout,
-                       deadline=deadline)
-        for name, function in (("check", check), ("on_record", on_record)):
-            if function is not None and not callable(function):
-                raise ConfigurationError("%s is a function, not %r" % (name, function))
-        if stream not in (None, True, False):
-            raise ConfigurationError("stream is None, True or False, not %r" % (stream,))
-        self.model, self.max_concurrency, self.max_rate = model, max_concurrency, max_rate
+        self.model, self.stream, self.check = model, stream, check
+        self.max_concurrency, self.max_rate = max_concurrency, max_rate
         self.max_retries, self.max_delay = max_retries, max_delay
-        self.timeout, self.deadline, self.stream = timeout, deadline, stream
-        self.check, self.on_record = check, on_record
+        self.timeout, self.deadline, self.on_record = timeout, deadline, on_record
+        _check_options(self)
         self._endpoint = _Endpoint(api_key, base_url, headers, ca_file, allow_http)
         self.base_url = self._endpoint.base_url
         self._pools: Dict[int, _Pool] = {}
@@ -250,46 +238,46 @@ class Client:
         return self.complete(prompt, **params).text
 
     def complete(self, prompt: Prompt, **params: Any) -> Completion:
-        """The answer to a prompt: a string (one user message), a list of messages, or a dict
-        of body fields with "messages".
-
-        `params` go into the request's body untouched: model=, temperature=, max_tokens= ...;
-        the fields of a dict win over them.
+        """The answer to a prompt: a string (one user message), a list of messages, or a
+        dict of body fields with "messages". `params` go into the request's body as they
+        are: model=, temperature=, max_tokens= ...; the fields of a dict win over them.
         """
         self._pool.refuse_own_thread()
         future = self.submit(prompt, **params)
         try:
-            done: Completion = future.result()
+            done: Completion = _ended(future).result()
             return done
         finally:
             future.cancel()  # after Ctrl-C: nobody waits for it any more
 
     def submit(self, prompt: Prompt, *, tag: Any = None, **params: Any) -> Future:
-        """complete() as a concurrent.futures.Future; `tag` goes into the call's Records.
+        """complete() as a concurrent.futures.Future; `tag` goes into the Records.
 
-        cancel() works until the outcome is there: a request in flight is hung up on.
+        cancel() works until the outcome is there, and hangs up on what is in flight.
         """
         model, payload = _payload(prompt, dict({"model": self.model}, **params))
         return self._pool.submit(model, payload, tag)
 
     def map(self, prompts: Iterable[Prompt], *, return_exceptions: bool = False,
             **params: Any) -> Iterator[Any]:
-        """The Completions of many prompts, lazily and in their order; they may be endless.
+        """The Completions of many (or endless) prompts, lazily and in their order.
 
-        A prompt that fails raises its Error in its turn or, with return_exceptions, yields
-        it. At most 2 x max_concurrency prompts without an outcome are taken ahead, and
-        16 x max_concurrency outcomes are held for a slow one before them. Leaving the loop
-        early cancels what was not sent, and hangs up on what was.
+        A prompt that fails raises its Error in its turn or, with return_exceptions,
+        yields it. At most 2 x max_concurrency prompts without an outcome are taken
+        ahead, and 16 x max_concurrency outcomes are held for a slow one before them.
+        Leaving the loop early cancels what was not sent, and hangs up on what was.
         """
         self._pool.refuse_own_thread()
         ahead: Deque[Future] = collections.deque()
+        most = _AHEAD * self.max_concurrency
         room = threading.Semaphore(2 * self.max_concurrency - 1)
         try:
             for future in self._futures(prompts, params):
                 ahead.append(future)
                 future.add_done_callback(lambda _: room.release())
-                room.acquire()
-                yield from _outcomes(ahead, _AHEAD * self.max_concurrency, return_exceptions)
+                while not room.acquire(timeout=_LISTEN):
+                    pass
+                yield from _outcomes(ahead, most, return_exceptions)
             yield from _outcomes(ahead, 1, return_exceptions)
         finally:
             for future in ahead:
@@ -297,17 +285,16 @@ class Client:
 
     @property
     def metrics(self) -> "Metrics":
-        """What became of the requests so far."""
-        pool = self._pool
-        with pool.lock:
-            return copy.deepcopy(pool.metrics)
+        """What became of the requests so far: a snapshot."""
+        with self._pool.lock:
+            return copy.deepcopy(self._pool.metrics)
 
     def stop(self) -> None:
-        """Send nothing more: what waits fails with an Error, what is in flight comes back."""
+        """Send no more: what waits fails with an Error, what is in flight returns."""
         self._pool.stop("the client was stopped")
 
     def close(self) -> None:
-        """End at once: what waits fails with an Error, what is in flight is hung up on."""
+        """End at once: what waits fails with an Error, what is in flight is cut off."""
         self._pool.close()
 
     def __enter__(self) -> "Client":
@@ -324,21 +311,20 @@ class Client:
         return "<cometlimit.Client %s model=%r>" % (self.base_url, self.model)
 
     def __reduce__(self) -> Any:
-        raise TypeError("a Client holds a key and connections: make one in each process")
+        raise TypeError("a Client holds a key and sockets: make one in each process")
 
     @property
     def _pool(self) -> "_Pool":  # threads, locks and connections do not survive a fork
         pid = os.getpid()
         return self._pools.get(pid) or self._pools.setdefault(pid, _Pool(self))
 
-    def _futures(self, prompts: Iterable[Prompt], params: Dict[str, Any]) -> Iterator[Future]:
-        """A Future for each prompt. A bad prompt's fails; so does a last one if the source
-        of the prompts raises."""
+    def _futures(self, prompts: Iterable[Prompt],
+                 params: Dict[str, Any]) -> Iterator[Future]:
+        """A Future for each prompt; a failed one if it is bad or `prompts` raises."""
         if isinstance(prompts, (str, bytes, dict)):
-            raise ConfigurationError(
-                "prompts is a list of prompts; for a single one there is ask()")
-        source = iter(prompts)
-        while True:
+            raise ConfigurationError("prompts is a list; for one prompt there is ask()")
+        source, ended = iter(prompts), False
+        while not ended:
             try:
                 yield self.submit(next(source), **params)
             except StopIteration:
@@ -347,8 +333,7 @@ class Client:
                 failed: Future = Future()
                 failed.set_exception(fault)
                 yield failed
-                if not isinstance(fault, Error):
-                    return
+                ended = not isinstance(fault, Error)
 
 
 def ask_all(prompts: Iterable[Prompt], *, return_exceptions: bool = False,
@@ -361,22 +346,31 @@ def ask_all(prompts: Iterable[Prompt], *, return_exceptions: bool = False,
     options = {name: options_and_params.pop(name)
                for name in _OPTIONS & set(options_and_params)}
     with Client(**options) as client:
-        done = client.map(prompts, return_exceptions=return_exceptions, **options_and_params)
-        return [one if isinstance(one, Error) else one.text for one in done]
+        outcomes = client.map(prompts, return_exceptions=return_exceptions,
+                              **options_and_params)
+        return [done if isinstance(done, Error) else done.text for done in outcomes]
 
 
 _OPTIONS = frozenset(Client.__init__.__kwdefaults__ or ())
-_RESERVED = (_OPTIONS - {"model"}) | {"stream_options"}  # which no body may have
 
 
-def _outcomes(ahead: "Deque[Future]", most: int, return_exceptions: bool) -> Iterator[Any]:
-    """The first outcomes as far as they are there; waits while `most` or more are ahead."""
+def _outcomes(ahead: "Deque[Future]", most: int,
+              return_exceptions: bool) -> Iterator[Any]:
+    """The first outcomes, as far as they are there; waits while `most` are ahead."""
     while ahead and (ahead[0].done() or len(ahead) >= most):
-        error = ahead[0].exception()
+        error = _ended(ahead[0]).exception()
         if error is not None and not (return_exceptions and isinstance(error, Error)):
             raise error
         yield error or ahead[0].result()
         ahead.popleft()
+
+
+def _ended(future: Future) -> Future:
+    """The future, once it has ended. Ctrl-C does not wake the main thread if the system
+    hands the signal to another thread, or does it just before the wait."""
+    while not future.done():
+        wait([future], _LISTEN)
+    return future
 
 
 # The loop
@@ -385,30 +379,22 @@ def _outcomes(ahead: "Deque[Future]", most: int, return_exceptions: bool) -> Ite
 class _Call:
     """One prompt on its way to its outcome, with what its attempts came to so far."""
 
-    def __init__(self, pool: "_Pool", model: "_Model", payload: bytes, tag: Any) -> None:
+    def __init__(self, pool: "_Pool", model: "_Model", payload: bytes,
+                 tag: Any) -> None:
         self.model, self.payload, self.tag = model, payload, tag
-        self.future: Any = Future()     # pending to the end, so that it can be cancelled
+        self.future: Any = Future()  # pending to the end, so that it can be cancelled
         self.expires = _now() + (pool.client.deadline or math.inf)
-        self.changed = threading.Condition(pool.lock)  # its turn has come, or it was given up
-        self.given_up = ""                        # why
-        self.since = _now()                       # when it began to wait
-        self.place = (0, 0)                       # its place among those that wait
-        self.ticket: Any = None                   # the throttle's, while in flight
-        self.request: Optional[_Request] = None   # the last one
-        self.sent = 0                             # its number among the model's requests
-        self.refused = math.inf                   # that number of the last refusal
+        self.changed = threading.Condition(pool.lock)  # has its turn, or is given up
+        self.given_up = ""           # why
+        self.since = _now()          # when it began to wait
+        self.place = (0, 0)          # among the calls that wait for their turn
+        self.ticket: Any = None      # the throttle's, while in flight
+        self.sent = 0                # its number among the model's requests
+        self.refused = math.inf      # that number when it was last refused
         self.attempts = 0
         self.records: Tuple[Record, ...] = ()
-        self.stream = False                       # it was cut off: it asks for a stream
-
-    def finish(self, outcome: Union[Completion, Error]) -> None:
-        """Hand the outcome over. This runs callbacks: never with the lock held."""
-        finish: Callable[[Any], None] = self.future.set_result
-        if isinstance(outcome, Error):
-            outcome.attempts, outcome.records = self.attempts, self.records
-            finish = self.future.set_exception
-        if self.future.set_running_or_notify_cancel():
-            _run("a callback", finish, outcome)
+        self.request: Optional[_Request] = None  # the last one
+        self.stream = False          # it was cut off, so it asks for a stream
 
 
 class _Model:
@@ -416,21 +402,21 @@ class _Model:
 
     def __init__(self, name: str, client: Client) -> None:
         self.name = name
-        # An executor each: calls of a model that is held back hold no thread of another.
-        # Twice as many threads as places, since a call in backoff holds a thread as well.
+        # An executor each: calls of a model that is held back take no other's threads.
+        # Twice as many threads as places: a call in backoff holds a thread as well.
         self.executor = ThreadPoolExecutor(2 * client.max_concurrency, "cometlimit")
         self.has_threads = False
         self.throttle = Throttle(client.max_delay, _random)
-        self.waiting: List[Tuple[Tuple[int, int], _Call]] = []  # in order of their places
-        self.sent = self.answered = 0       # requests, and the latest of them with an answer
+        self.waiting: List[Tuple[Tuple[int, int], _Call]] = []  # by their places
+        self.sent = self.answered = 0       # requests; the latest with an answer
         self.answered_at = -math.inf        # when that came
         self.stream: Optional[bool] = None  # True: it needs streams; False: it has none
         self.stream_options = True          # False: it refuses this field
 
 
 class _Pool:
-    """What the calls of one process share. `lock` guards all of it, and the gate: nothing
-    is sent and no callback runs while it is held."""
+    """What the calls of one process share. `lock` guards it, and the gate: nothing is
+    sent and no callback runs while it is held."""
 
     def __init__(self, client: Client) -> None:
         self.client, self.endpoint = client, client._endpoint
@@ -453,7 +439,7 @@ class _Pool:
             model = self.models.get(name) or self.models.setdefault(
                 name, _Model(name, self.client))
             call = _Call(self, model, payload, tag)
-            self.gate.number(call)
+            call.place = (next(self.gate.numbers), 0)  # behind all others
             self.calls[call] = None
         future: Future = call.future
         future.add_done_callback(lambda future: self.give_up(
@@ -471,9 +457,9 @@ class _Pool:
     def _carry(self, call: _Call) -> None:
         """The backoff loop: it carries a call from its first turn to its outcome.
 
-        It waits for a turn, makes one attempt, learns from it, decides, backs off, again.
+        It waits for a turn, makes an attempt, learns, decides, backs off, and again.
         """
-        outcome: Union[Completion, Error, None] = None
+        outcome: Optional[Outcome] = None
         self.workers.add(threading.get_ident())
         while self.gate.turn(call):
             verdict = self._attempt(call)
@@ -482,26 +468,21 @@ class _Pool:
             if pause is None:
                 break
             _tell(logging.INFO, "model %s: attempt %d of %d: %s; next in %.1f s",
-                  call.model.name, call.attempts, self.client.max_retries + 1, outcome, pause)
+                  call.model.name, call.attempts, self.client.max_retries + 1, outcome,
+                  pause)
             self.gate.back_off(call, pause)
-        if call.given_up and not isinstance(outcome, Completion):
-            outcome = Error("given up: " + call.given_up, code=_CANCELLED)
-        call.finish(outcome or APITimeoutError("not sent before its deadline"))
-        call.future = call.request = None  # which refer to the call: they may go at once
-        with self.lock:
-            self.workers.discard(threading.get_ident())
-            self.calls.pop(call, None)
-            self.ended.notify_all()
+        self._finish(call, outcome or APITimeoutError("not sent before its deadline"))
 
     def _decide(self, call: _Call, verdict: "_Verdict") -> Optional[float]:
-        """Seconds until the call's next attempt, at most max_delay; None: the outcome stands."""
+        """Seconds to the next attempt, at most max_delay; None: the outcome stands."""
         error, client, now = verdict.outcome, self.client, _now()
         if not isinstance(error, Error) or call.given_up or self.stopped:
             return None
         left, tries = client.max_retries + 1 - call.attempts, verdict.tries
         if self._adapt(call, error) and left > 0:
             return 0.0
-        if _speaks_of_money(error) and now < call.model.answered_at + _TRUST_ANSWERS:
+        if (error.status_code == 429 and now < call.model.answered_at + _DOUBT
+                and _speaks_of_money(str(error.code), str(error.type))):
             tries = math.inf  # some throttles say so for a second or two
         wish = error.retry_after or 0.0
         if wish > max(1, left) * client.max_delay:
@@ -520,10 +501,11 @@ class _Pool:
         """
         model, free = call.model, self.client.stream is None
         streamed = call.request is not None and call.request.stream
-        if error.status_code in _CUT_OFF or error.code == "timeout":
+        if error.status_code in _SILENT or error.code == "timeout":
             call.stream = free and model.stream is not False
         elif streamed and error.status_code in (400, 422):
-            if model.stream_options and re.search("stream_options|include_usage", str(error)):
+            if model.stream_options and re.search(
+                    "stream_options|include_usage", str(error)):
                 model.stream_options = False
                 return True
             if free and "stream" in str(error):
@@ -534,8 +516,10 @@ class _Pool:
     def _attempt(self, call: _Call) -> "_Verdict":
         """One HTTP exchange, whatever comes of it, and its Record."""
         client, model, endpoint = self.client, call.model, self.endpoint
-        stream = client.stream if client.stream is not None else call.stream or model.stream
-        request = _Request(endpoint, call.payload, bool(stream), model.stream_options)
+        stream = client.stream
+        if stream is None:
+            stream = call.stream or bool(model.stream)
+        request = _Request(endpoint, call.payload, stream, model.stream_options)
         request.sent_again = lambda fault: self._record(
             call, request, _translate(fault, request, endpoint).outcome)
         with self.lock:
@@ -544,39 +528,27 @@ class _Pool:
         try:
             answer = _fetch(self.opener, request,
                             min(client.timeout, call.expires - request.began))
-            verdict = _understand(answer, endpoint.hide, endpoint.url)
+            verdict = _understand(answer, endpoint.hide, endpoint.url, stream)
             if request.fault is not None and isinstance(verdict.outcome, Error):
                 raise request.fault
         except Exception as fault:  # whatever it is, somebody waits for the outcome
             verdict = _translate(fault, request, endpoint)
         if isinstance(verdict.outcome, Completion):
-            verdict = self._check(verdict.outcome._replace(
+            verdict = _checked(client.check, verdict.outcome._replace(
                 attempts=call.attempts, latency=_now() - request.began))
         self._record(call, request, verdict.outcome)
         return verdict
 
-    def _check(self, completion: Completion) -> "_Verdict":
-        """What the caller's own check makes of an answer."""
-        try:
-            if self.client.check is None or self.client.check(completion) is not False:
-                return _Verdict(completion)
-            why = "it returned False"
-        except Exception as fault:
-            why = "%s: %s" % (type(fault).__name__, fault)
-        return _Verdict(APIResponseError(
-            "the answer did not pass the check: " + why, code="check_failed", status_code=200,
-            retryable=True, request_id=completion.request_id, body=completion.body), math.inf)
-
-    def _record(self, call: _Call, request: "_Request",
-                outcome: Union[Completion, Error]) -> None:
+    def _record(self, call: _Call, request: "_Request", outcome: Outcome) -> None:
         code = _code(outcome) if isinstance(outcome, Error) else None
         usage = outcome.body.get("usage") if isinstance(outcome.body, dict) else None
         tokens = [count if isinstance(count, int) else 0 for count in map(
             (usage if isinstance(usage, dict) else {}).get,
             ("prompt_tokens", "completion_tokens"))]
-        record = Record(request.wall, self.endpoint.route, call.model.name, request.status,
-                        _now() - request.began, call.attempts, request.began - call.since,
-                        outcome.request_id, code, tokens[0], tokens[1], call.tag)
+        record = Record(
+            request.wall, self.endpoint.route, call.model.name, request.status,
+            _now() - request.began, call.attempts, request.began - call.since,
+            outcome.request_id, code, tokens[0], tokens[1], call.tag)
         with self.lock:
             call.records += (record,)
             key = record.route, record.model
@@ -593,27 +565,43 @@ class _Pool:
             now = _now()
             if isinstance(outcome, Completion):
                 model.answered, model.answered_at = max(model.answered, call.sent), now
-                if call.stream:
-                    model.stream = True  # it has shown that it needs them
+                model.stream = call.stream or model.stream  # it needs what passed
             # Refused again, although later requests were answered: that is the prompt's
             # own fault, and says nothing about load.
             if load is None or call.given_up or call.refused < model.answered:
                 throttle.answered(call.ticket, now)
             else:
-                throttle.refused(call.ticket, now, load, getattr(outcome, "retry_after", None))
+                wish = outcome.retry_after if isinstance(outcome, Error) else None
+                throttle.refused(call.ticket, now, load, wish)
             call.refused = call.refused if load is None else call.sent
             stats = self.metrics[self.endpoint.route, model.name]
             stats.rate, stats.window = throttle.rate, throttle.window
             stats.chance = throttle.chance
             self.gate.leave(call)
         if throttle.congestions > known:
-            _tell(logging.INFO, "model %s: limit met: rate %s/s, window %s, a pause of %.1f s",
-                  model.name, throttle.rate and round(throttle.rate, 3), throttle.window,
+            _tell(logging.INFO, "model %s: limit met: rate %.3g/s, window %s, a pause "
+                  "of %.1f s", model.name, throttle.rate or math.nan, throttle.window,
                   max(0.0, throttle.until - now))
+
+    def _finish(self, call: _Call, outcome: Outcome) -> None:
+        """Hand the outcome over, which runs callbacks: never with the lock held."""
+        finish: Callable[[Any], None] = call.future.set_result
+        if call.given_up and not isinstance(outcome, Completion):
+            outcome = Error("given up: " + call.given_up, code="cancelled")
+        if isinstance(outcome, Error):
+            outcome.attempts, outcome.records = call.attempts, call.records
+            finish = call.future.set_exception
+        if call.future.set_running_or_notify_cancel():
+            _run("a callback", finish, outcome)
+        call.future = call.request = None  # they refer to the call: all can be freed
+        with self.lock:
+            self.workers.discard(threading.get_ident())
+            self.calls.pop(call, None)
+            self.ended.notify_all()
 
     def refuse_own_thread(self) -> None:
         if threading.get_ident() in self.workers:
-            raise ConfigurationError("a callback would wait for itself here: use submit()")
+            raise ConfigurationError("a callback would wait for itself: use submit()")
 
     def give_up(self, calls: Iterable[_Call], why: str) -> None:
         """End calls: what waits fails, what is in flight is hung up on."""
@@ -635,7 +623,7 @@ class _Pool:
         """Wait until every call has its outcome and its callbacks have run."""
         with self.lock:
             while self.calls:
-                self.ended.wait()
+                self.ended.wait(_LISTEN)
 
     def close(self) -> None:
         self.stop("the client was closed")
@@ -648,6 +636,21 @@ class _Pool:
         self.connections.close()
 
 
+def _checked(check: Optional[Callable[[Completion], Any]],
+             completion: Completion) -> "_Verdict":
+    """What the caller's own check makes of an answer."""
+    try:
+        if check is None or check(completion) is not False:
+            return _Verdict(completion)
+        why = "it returned False"
+    except Exception as fault:
+        why = "%s: %s" % (type(fault).__name__, fault)
+    error = APIResponseError(
+        "it did not pass the check: " + why, code="check_failed", status_code=200,
+        retryable=True, request_id=completion.request_id, body=completion.body)
+    return _Verdict(error, math.inf)
+
+
 def _run(name: str, function: Callable[..., Any], value: Any) -> None:
     """Call what others wrote: if it fails, or exits, that must not cost an answer."""
     try:
@@ -657,35 +660,29 @@ def _run(name: str, function: Callable[..., Any], value: Any) -> None:
 
 
 def _tell(level: int, *words: Any, **options: Any) -> None:
-    try:
+    with contextlib.suppress(BaseException):  # nor must a log handler that fails
         _log(level, *words, **options)
-    except BaseException:  # a handler that fails, or exits, must not cost an answer
-        pass
 
 
 # The gate
 
 
 class _Gate:
-    """Whose turn it is: at most max_concurrency requests are in flight, each model's throttle
-    and max_rate are kept, and who came first goes first.
+    """Whose turn it is: at most max_concurrency requests are in flight, the throttles
+    and max_rate are kept, and who came first goes first. The pool's lock guards it.
 
-    Every method is called with the pool's lock held, or takes it. Of the calls that wait
-    one, the watcher, looks at the clock: to wake them all for each request that may leave
-    would cost more than the requests.
+    Of the calls that wait one, the watcher, looks at the clock: to wake them all for
+    each request that may leave would cost more than the requests.
     """
 
-    def __init__(self, client: Client, lock: threading.Lock, models: Dict[str, _Model]) -> None:
+    def __init__(self, client: Client, lock: threading.Lock,
+                 models: Dict[str, _Model]) -> None:
         self.client, self.lock, self.models = client, lock, models
         self.numbers = itertools.count()
-        self.entered = self.in_flight = 0  # the last new call that came here
+        self.entered = self.in_flight = 0  # the latest of the new calls that came here
         self.next_at = 0.0                 # nothing leaves before, for max_rate
         self.watcher: Optional[_Call] = None
         self.wakes_at = math.inf           # when the watcher looks again
-
-    def number(self, call: _Call) -> None:
-        """Give a new call its place, behind all others."""
-        call.place = (next(self.numbers), 0)
 
     def turn(self, call: _Call) -> bool:
         """Wait until the call may be sent; False when it may not be any more."""
@@ -705,7 +702,7 @@ class _Gate:
             return call.ticket is not None
 
     def leave(self, call: _Call) -> None:
-        """Its attempt has ended. If it comes again it follows those that wait already."""
+        """Its attempt has ended. If it comes again it follows those that wait now."""
         call.ticket, call.since = None, _now()
         call.place = (self.entered, next(self.numbers))
         self.in_flight -= 1
@@ -718,8 +715,8 @@ class _Gate:
                 _wait(call.changed, due - _now())
 
     def _admit(self) -> float:
-        """Give every turn that is due. Returns the seconds until the next may be; math.inf:
-        not before an attempt has ended."""
+        """Give every turn that is due. Returns the seconds until the next may be;
+        math.inf: not before an attempt has ended."""
         while self.in_flight < self.client.max_concurrency:
             now, first, due = _now(), None, math.inf
             for model in self.models.values():
@@ -773,12 +770,12 @@ class _Gate:
 
 def backoff(attempt: int, retry_after: Optional[float] = None, max_delay: float = 30.0,
             random: Callable[[], float] = random.random) -> float:
-    """Seconds from attempt number `attempt` (from 1) to the next one, at most max_delay.
+    """Seconds from attempt `attempt` (from 1) to the next one, at most max_delay.
 
-    Doubles from 1 s, by chance 25 % less or more, so that those refused together do not return
-    together. A Retry-After is a floor: chance is added to it and never takes from it.
+    Doubles from 1 s, by chance 25 % less or more, so that those refused together do not
+    return together. A Retry-After is a floor: chance adds to it, never takes from it.
     """
-    base = min(max_delay / 1.25, 2.0 ** min(attempt - 1, 10))  # so that the longest varies as well
+    base = min(max_delay / 1.25, 2.0 ** min(attempt - 1, 10))  # the longest varies too
     chance = random()
     delay = base * (0.75 + chance / 2)
     if retry_after is not None:
@@ -793,189 +790,177 @@ class Ticket(NamedTuple):
 
 
 class Throttle:
-    """Learns from what comes back when the next request may leave: no sleep, no lock, no clock.
+    """Learns from what comes back when the next request may leave: it is pure.
 
-    Between two refusals a limiter has been emptied at both ends, so the requests it took, divided
-    by the time that passed, are its rate: no guess, a measurement. So:
-    1. Until the first refusal, requests leave faster and faster.
-    2. A refusal closes the door for Retry-After or one interval; while nothing gets through, one
-       probe at a time, after pauses that grow with the time the door has been shut.
-    3. Then requests leave at the measured pace, which grows slowly until the next refusal. Most
-       of what the limiter gained in the pause leaves at once; time nobody asked does not count.
-    4. Refused at the same number in flight twice, it is a cap on concurrency: a window instead.
-    5. Failures (5xx, no connection) in a row are an outage: closed as in 2, nothing learnt.
-    6. Few refusals at a high pace are chance; so is a pace that has fallen time after time.
-    Requests that left before the door closed belong to the same congestion and change nothing.
-    x-ratelimit-* is deliberately not obeyed: behind a gateway it describes another's account.
+    Until the first refusal the rate doubles each second. A refusal is a suspicion: a
+    few requests leave at once to test it. An empty limiter lets at most one pass; where
+    more pass, it was chance and changes nothing. After tests that found limits, some
+    refusals are believed untested.
+    1. The limiter was empty when a limit was found, and when the last one was: requests
+       taken / time is its rate. Nothing leaves until Retry-After or one interval is up;
+       while nothing gets through, one request at a time, after pauses that grow.
+    2. Then requests leave a little below the rate, and faster until the next limit.
+    3. Refused at one number in flight twice, and seldom answered there, it is a cap on
+       concurrency: a window holds instead of a rate, and Retry-After stops nobody.
     """
-    START = 20.0        # requests/s at first: about one leaves while a refusal comes back
-    RAMP = 1.4          # requests/s more for each one sent: doubles every half second
-    SLOWEST = 1 / 60    # requests/s: limits are stated by the minute: one is allowed
-    DIP = 0.97          # of the measured pace, to begin with: an emptied bucket fills a little
-    EVEN = 0.7          # growth ~ pace ** EVEN: under 1, so that small shares catch up (tuned)
-    GROWN_SENT = 25     # requests in which a limit may double: at low rates 1 in 5 refused (tuned)
-    GROWN_TIME = 47.0   # seconds in which it may: a minute's window less its pause (tuned)
-    ROUGH = 10          # times a first, short stretch is that time: soon measured again (tuned)
-    SPARE = 0.7         # of a pause's gain, leaves at once: the rest is a bucket's reserve (tuned)
-    MEMORY = 1.5        # requests' worth of the last stretch kept: a count of k is wrong by one
-    DRY = 2.2           # pause / time shut: shut times grow 3.2-fold until PROBE holds (tuned)
-    SICK = 0.5          # the same where a server fails: a probe is cheap, and outages end (tuned)
-    PROBE = 1 / 3       # of max_delay: the longest such pause, so that a reopening is seen soon
-    NOISE = 0.09        # the share of refusals that may be chance: some 5 %, and two sigmas
-    LONG = 80           # requests that share is taken of
-    FAST = 15.0         # requests/s from which chance is reckoned with: it spoils even shares
-    FALLS = 7           # measurements in a row, each below the last: 1 in 40,320 by chance
-    OUTAGE = 4          # failures in a row: of requests that fail at random, three are not rare
+    START = 20.0        # requests/s at first: one leaves while a refusal comes back
+    DIP = 0.97          # of the measured rate, to begin with: a bucket fills a little
+    EVEN = 0.7          # growth ~ rate ** EVEN: under 1, so that small shares catch up
+    GROWN = 25, 47.0    # requests, seconds in which the rate may double: a minute
+    ROUGH = 6.0         # or else this many times the last stretch, if that is less
+    FALL = 0.65         # of the rate is kept by one measurement: it may be an outage
+    SPARE = 0.7         # of what a limiter gains in a pause is used at once
+    DOUBT = 0.01        # share of chance from which a test needs two refusals
+    EXACT = 3, 2.0      # requests and seconds that make a measurement
+    PROVED = 4          # tests remembered
 
     def __init__(self, max_delay: float = 30.0,
                  random: Callable[[], float] = random.random) -> None:
         self.max_delay, self.random = max_delay, random
-        self.rate: Optional[float] = None   # requests/s, once measured
-        self.window: Optional[int] = None   # most in flight, when capped
-        self.congestions = 0
-        self.chance = 0             # refusals taken for chance
-        self.until = 0.0            # nothing leaves before
-        self._next = 0.0            # nor before this, which keeps the pace
-        self._count = 0             # tickets given
-        self._flying = 0            # of which in flight
-        self._first = 0             # the first ticket since the door last closed
-        self._shut = 0.0            # nothing got through since
-        self._probe = 0.0           # how long the first after a pause goes alone
-        self._taken = 0.0           # requests that got through
-        self._start = 0.0           # since then: their quotient is the pace
-        self._full = True           # the bucket may be, at first: too fast to be its rate
-        self._trust = 1.0           # seconds in which the limit may double, by what is known
-        self._falls = 0             # measurements in a row, each below the last
-        self._knee = 0              # in flight at the last refusal
-        self._peak = 0              # and, since, when a request left that was answered
-        self._share = self.NOISE    # of the last requests, was refused
-        self._row = 0               # failures, with no later request answered
-        self._last = 0              # the request up to which an answer is no later one
+        self.rate: Optional[float] = None       # requests/s, once measured
+        self.window: Optional[int] = None       # most in flight, when capped
+        self.congestions = self.chance = 0      # believed; refusals taken for chance
+        self.until = self._next = 0.0   # nothing leaves before either: pause and rate
+        self._shut = self._probe = 0.0  # nothing got through since; one goes alone
+        self._count = self._flying = self._first = 0    # tickets; first since the pause
+        self._empty, self._since, self._lost = 0, 0.0, 0  # ticket, time; refused since
+        self._ramp, self._full = self.START, True   # a bucket may be full at first
+        self._trust = 1.0                       # seconds in which the rate may double
+        self._suspect: Optional[Ticket] = None  # was refused: limit or chance?
+        self._doubted, self._before = 0.0, 0    # when it came back; refused before it
+        self._asked = self._end = self._hits = self._needed = 0   # the test
+        self._proved = 0                        # tests that found a limit lately
+        self._knee = self._passed = self._over = 0  # in flight then; answered, there
 
     def wait(self, now: float) -> float:
-        """0.0: leave now; seconds to wait; math.inf: not before one in flight has ended."""
-        if self.window is not None:
-            if self._flying >= int(self.window * (1 + self._growth(now))):
-                return math.inf
-        return max(0.0, self.until - now, self._next - now)
+        """0.0: leave now; seconds to wait; math.inf: until one in flight has ended."""
+        grown = (self.window or 0) * (1 + self._growth(now))
+        if self.window is not None and self._flying >= int(grown):
+            return math.inf
+        return min(self.max_delay, max(0.0, self.until - now, self._next - now))
 
     def sent(self, now: float) -> Ticket:
         """A request leaves; its ticket comes back in answered() or refused()."""
         if self._count == 0:
-            self.until = self._shut = self._start = now
-        spare = self._spare()
+            self.until = self._shut = self._since = now
+        gain = self.SPARE * (self.until - self._shut) - 1 / (self.rate or 1e-9)
         if self._count == self._first:
-            self._next, self.until = self.until - spare, now + self._probe
-        idle = max(0.0, now - spare - self._next)
-        if self.rate is not None:
-            self._start += idle     # time in which nobody asked measures nothing
-        self._next += idle + self._interval(now)
-        ticket = Ticket(self._count, now, self._flying)
-        self._count += 1
-        self._flying += 1
-        return ticket
+            self._next, self.until = self.until - max(0.0, gain), now + self._probe
+        idle = max(0.0, now - max(0.0, gain) - self._next)
+        self._since += idle if self.rate else 0.0   # nobody asked: it measures nothing
+        tests = self._asked <= self._count < self._end
+        self._next += idle + (0.0 if tests else self._interval(now))
+        self._count, self._flying = self._count + 1, self._flying + 1
+        return Ticket(self._count - 1, now, self._flying - 1)
 
     def answered(self, ticket: Ticket, now: float) -> None:
         """The server took it: any answer that says nothing about load."""
         self._flying -= 1
-        self._share *= 1 - 1 / self.LONG
-        self._peak = max(self._peak, ticket.others)
-        if ticket.number > self._last:
-            self._row = 0
+        self._passed += 1
+        self._over += ticket.others >= self._knee
 
     def refused(self, ticket: Ticket, now: float, status: Optional[int],
                 retry_after: Optional[float] = None) -> None:
-        """It was turned away: by a rate limit (429), or by a server in trouble (the rest)."""
+        """It was turned away, whatever the status: the pattern decides."""
         self._flying -= 1
-        asked = min(self.max_delay, retry_after or 0.0) if status == 429 else 0.0
-        fresh = ticket.number - self._first
-        if fresh < 0:
-            if asked:
-                self.until = max(self.until, now + asked)
-        elif status == 429:
-            self._limited(ticket, now, fresh, asked)
-        else:
-            self._failed(ticket, now, fresh)
+        self._lost += ticket.number > self._empty
+        told = min(self.max_delay, retry_after or 0.0)
+        if ticket.number < self._first:
+            pass  # left before the pause: the same congestion
+        elif self.congestions and ticket.number == self._first:
+            self._close(ticket, now, told)
+            self._knee = min(self._knee, ticket.others)  # a cap has no less
+            if told and self.rate is None:
+                self._since = max(self._since, now + self.SPARE * told)
+        elif self.window is not None and ticket.others >= self.window:
+            self._hold(ticket, now)
+        elif self._is_limit(ticket, now):
+            self._congested(ticket, now, told if self._proved > 1 else 0.0)
 
-    def _limited(self, ticket: Ticket, now: float, fresh: int, asked: float) -> None:
-        self._share += (1 - self._share) / self.LONG
-        if fresh and not asked and self._is_noise(now):
-            return
-        self._close(ticket, now, asked, self.DRY)
-        self._cap(max(ticket.others, self._flying), fresh, asked)
-        self._measure(fresh)
+    def _is_limit(self, ticket: Ticket, now: float) -> bool:
+        suspect, early = self._suspect, ticket.time - self._doubted < now - ticket.time
+        if suspect and (early or ticket.number < self._end):  # under way
+            next_to_it = ticket.number == suspect.number + self._hits + 1
+            self._hits += next_to_it or ticket.number >= self._asked
+            found = self._hits >= self._needed
+            self._proved = min(self.PROVED, self._proved + found)
+            return found
+        if suspect:                             # the test has passed
+            self.chance += 1 + self._hits
+            self._proved //= 2
+        self._suspect, self._before = ticket, self._lost - 1
+        self._doubted, self._hits = now, 0
+        above = not self.window and self.rate and 1 / self._interval(now) >= self.rate
+        if self._proved > 1 and not self.window and (above or self.random() < 0.5):
+            return True
+        self._ask(ticket, now)
+        return False
 
-    def _failed(self, ticket: Ticket, now: float, fresh: int) -> None:
-        self._last = self._last if self._row else ticket.number
-        self._row += 1
-        if self._row >= self.OUTAGE:
-            self._close(ticket, now, 0.0, self.SICK)
-            self._last = self._count - 1
-            self._taken += fresh
-            self._start += self.until - now
-
-    def _is_noise(self, now: float) -> bool:
-        """Few are refused: some servers do so at random, and to take that for a limit would end in
-        a crawl. (Slower clients are brought back up by FALLS, in time.)"""
-        return (self.window is None and self._share < self.NOISE
-                and 1 / self._interval(now) > self.FAST)
+    def _ask(self, ticket: Ticket, now: float) -> None:
+        """The next requests leave at once: more where more leave during a refusal."""
+        share = (self.chance + 0.5) / (self._count + 10)
+        self._needed = 1 + math.ceil(10 * (share - self.DOUBT))
+        spread = (self._count - ticket.number - 1) // 2
+        self._asked, self._end = self._count, self._count + self._needed + 1 + spread
+        self._needed += spread // 2
+        self._next = min(self._next, now)
 
     def _growth(self, now: float) -> float:
-        """0 after a refusal, 1 when the limit may have doubled: requests and time count."""
+        """0 after a congestion, 1 when the limit may have doubled."""
         sent, passed = self._count - self._first, max(0.0, now - self.until)
-        return min(sent / self.GROWN_SENT, passed / self._trust) ** 2
-
-    def _spare(self) -> float:
-        """Seconds' worth of requests that may leave at once: gained in the last pause."""
-        if self.rate is None:
-            return 0.0
-        return max(0.0, self.SPARE * (self.until - self._shut) - 1 / self.rate)
+        return float(min(sent / self.GROWN[0], passed / self._trust) ** 2)
 
     def _interval(self, now: float) -> float:
         if self.window is not None:
             return 0.0
-        if self.rate is None:
-            return 1 / (self.START + self.RAMP * (self._count - self._first))
+        if self.rate is None:                   # doubles each second
+            return 1 / (self._ramp + 0.69 * (self._count - self._first))
         grown: float = self.rate ** self.EVEN * self._growth(now)
         return 1 / (self.DIP * self.rate + grown)
 
-    def _close(self, ticket: Ticket, now: float, asked: float, dry_pause: float) -> None:
-        dry, echo = ticket.number == self._first, now - ticket.time
-        if not dry or asked:    # a limiter that says when is believed
+    def _congested(self, ticket: Ticket, now: float, told: float) -> None:
+        empty = self._suspect or ticket
+        self.congestions += 1
+        self._close(ticket, now, told)
+        self._measure(empty, empty.time + self.SPARE * told)
+        again = empty.others == self._knee and 4 * self._over < self._passed
+        self.window = empty.others if again else None
+        self._knee, self._passed, self._over = empty.others, 0, 0
+        self._suspect, self._end = None, 0
+        if self.window is not None:
+            self.rate, self.until, self._shut = None, now, now
+
+    def _hold(self, ticket: Ticket, now: float) -> None:
+        """One more than the window was refused: the next try waits twice as long."""
+        self.window, self._trust = ticket.others, min(self.GROWN[1], 2 * self._trust)
+        self._first, self._end, self._suspect = self._count, 0, None
+        self.until, self._shut, self._probe = now, now, 0.0
+
+    def _close(self, ticket: Ticket, now: float, told: float) -> None:
+        if ticket.number > self._first or told:
             self._shut = now
-        pause = min(dry_pause * (now - self._shut), self.PROBE * self.max_delay)
-        pause = max(pause, echo, 1 / self.rate if self.rate else 0.0)
-        chance = self.random() * pause / 2      # so that many clients do not come back as one
-        self.until = now + min(self.max_delay, (asked or 0.75 * pause) + chance)
-        self._probe = min(2 * echo, self.until - now)     # a refusal is quick to come back
+        shut, echo = now - self._shut, now - ticket.time
+        pause = min(shut, max(self.max_delay / 3, shut / 6))    # seen soon
+        pause = max(pause, echo, 1 / self.rate if self.rate else 0.5)
+        jitter = self.random() * pause / 2  # so that clients do not come back as one
+        self.until = now + min(self.max_delay, (told or 0.75 * pause) + jitter)
+        self._probe = min(2 * echo, self.until - now)  # a refusal is quick
         self._first = self._count
 
-    def _cap(self, others: int, fresh: int, asked: float) -> None:
-        """A cap is met at one number in flight, twice running, and never beyond; Retry-After tells
-        of a rate."""
-        again = others >= self.window if self.window else (
-            fresh and others == self._knee > 0 and others >= self._peak)
-        self.window = others if again and not asked else None
-        self._knee, self._peak = others, 0
-
-    def _measure(self, fresh: int) -> None:
-        """Ends a stretch: from the end of one pause to the end of the next."""
-        self.congestions += 1
-        if fresh:
-            self._taken += fresh
-            seconds = max(1e-9, self.until - self._start)
-            if not self._full:
-                last, self.rate = self.rate, max(self.SLOWEST, self._taken / seconds)
-                self._falls = self._falls + 1 if last and self.rate < last else 0
-                self._trust = min(self.GROWN_TIME, max(self._trust, self.ROUGH * seconds))
-            keep = min(1.0, self.MEMORY / self._taken)
-            self._taken *= keep
-            self._start = self.until - keep * seconds
-        self._full = self._falls == self.FALLS
-        if self._full:          # a new beginning
-            self.rate, self._trust, self._falls = None, 1.0, 0
-        if self.window is not None:
-            self.rate = None
+    def _measure(self, empty: Ticket, at: float) -> None:
+        taken, seconds = empty.number - self._empty - 1 - self._before, at - self._since
+        exact = taken >= self.EXACT[0] and seconds >= self.EXACT[1]
+        if self.rate and not exact:
+            return                              # the stretch goes on
+        self._lost -= self._before + 1
+        if self._full:  # go on from half the ramp, or from the mean
+            half = 0.5 * (self._ramp + 0.69 * taken)
+            self._full, self._ramp = False, min(half, max(1, taken) / max(0.1, seconds))
+        elif taken >= 1:
+            seconds = max(0.01, seconds)
+            self.rate = max(taken / seconds, self.FALL * (self.rate or 0.0))
+            self._trust = min(self.GROWN[1], max(0.5, self.ROUGH * seconds))
+        self._empty, self._since = empty.number, at
 
 
 # Metrics
@@ -984,10 +969,11 @@ class Throttle:
 class Stats:
     """What became of the requests for one model on one route.
 
-    requests, answers, retries, statuses (how many of each; None: no answer), prompt_tokens,
-    completion_tokens, empty (answers without text or tool call), cut_off (by a length
-    limit), chance (refusals that were not taken for a limit's); and what the throttle holds
-    to now: rate (requests a second) and window (in flight), None while no limit was met.
+    requests, answers, retries, statuses (how many of each; None: no answer),
+    prompt_tokens, completion_tokens, empty (answers without text or tool call), cut_off
+    (by a length limit), chance (refusals that were not taken for a limit's); and what
+    the throttle holds to now: rate (requests a second) and window (in flight), None
+    while no limit was met.
     """
 
     rate: Optional[float] = None  # one client's present: these two do not add up
@@ -1040,13 +1026,14 @@ class Metrics(Dict[Tuple[str, str], Stats]):
 
     def __str__(self) -> str:
         form = "%-24s %8s %8s %7s %8s %8s %8s"
-        lines = [form % ("model", "requests", "answers", "retries", "p50 s", "p95 s", "max s")]
+        lines = [form % ("model", "requests", "answers", "retries", "p50 s", "p95 s",
+                         "max s")]
         for (_, model), stats in sorted(self.items()):
             if len(model) > 24:
                 lines.append(model)
                 model = ""
-            lines.append(form % (model, stats.requests, stats.answers, stats.retries,
-                                 *("%.2f" % stats.latency(share) for share in (0.5, 0.95, 1))))
+            lines.append(form % (model, stats.requests, stats.answers, stats.retries, *(
+                "%.2f" % stats.latency(share) for share in (0.5, 0.95, 1.0))))
             lines += textwrap.wrap("tokens %d in, %d out; status %s%s" % (
                 stats.prompt_tokens, stats.completion_tokens,
                 ", ".join("%s x %d" % (status or "none", stats.statuses[status])
@@ -1069,8 +1056,8 @@ class _Request(urllib.request.Request):
     def __init__(self, endpoint: "_Endpoint", payload: bytes, stream: bool,
                  stream_options: bool) -> None:
         if stream:
-            payload = payload[:-1] + b', "stream": true' + (
-                b', "stream_options": {"include_usage": true}}' if stream_options else b"}")
+            options = b', "stream_options": {"include_usage": true}' * stream_options
+            payload = payload[:-1] + b', "stream": true' + options + b"}"
         super().__init__(endpoint.url, payload, endpoint.headers, method="POST")
         for name, value in endpoint.secrets.items():
             self.add_unredirected_header(name, value)
@@ -1079,9 +1066,9 @@ class _Request(urllib.request.Request):
         self.began, self.wall = _now(), _wall()
         self.expires = math.inf
         self.connection: Any = None
-        self.status: Optional[int] = None          # of the answer
-        self.fault: Optional[Exception] = None     # that ended its body early
-        self.cut = False                           # hung up on
+        self.status: Optional[int] = None       # of the answer
+        self.fault: Optional[Exception] = None  # that ended its body early
+        self.cut = False                        # hung up on
 
     def hang_up(self) -> None:
         self.cut = True
@@ -1091,21 +1078,22 @@ class _Request(urllib.request.Request):
 
 def _fetch(opener: urllib.request.OpenerDirector, request: _Request,
            seconds: float) -> "_Answer":
-    """Send a request, and read its answer to the end, all within so many seconds."""
+    """Send a request and read its answer to the end, all within so many seconds."""
     response = opener.open(request, timeout=seconds)
-    connection, request.status, keep = request.connection, response.status, False
+    request.status, keep = response.status, False
     try:
         body = _read(response, request)
         # After a 1xx other than 100 the real answer is still to come.
-        keep = response.isclosed() and not response.will_close and response.status >= 200
+        keep = (response.isclosed() and not response.will_close
+                and response.status >= 200)
         cut = "" if request.fault is None else type(request.fault).__name__
         return _Answer(response.status, response.headers, body, cut)
     finally:
-        connection.release(keep)
+        request.connection.release(keep)
 
 
 def _read(response: http.client.HTTPResponse, request: _Request) -> bytes:
-    """The body as far as it comes (`fault` of the request says why not all did); of one that
+    """The body as far as it comes: request.fault is what ended it early. Of one that
     is too long, more than is allowed."""
     good, body = 200 <= response.status < 300, bytearray()
     more = response.read1 if response.length is None else response.read
@@ -1114,7 +1102,7 @@ def _read(response: http.client.HTTPResponse, request: _Request) -> bytes:
             body += piece
             if len(body) > (_MAX_ANSWER if good else _MAX_ERROR):
                 break
-            # No line of JSON begins so; what follows it may have come in the same piece.
+            # No line of JSON begins so; what follows may have come in the same piece.
             if re.search(rb"[\r\n]data: ?\[DONE\]", body[-len(piece) - 16:]):
                 request.expires = min(request.expires, _now() + _AFTER_DONE)
         else:
@@ -1130,79 +1118,74 @@ def _read(response: http.client.HTTPResponse, request: _Request) -> bytes:
 class _KeepAliveHandler(urllib.request.BaseHandler):
     """Opens URLs on connections that are kept for the next request.
 
-    urllib's own handler closes each: a new TLS connection costs 26 ms of CPU. As the only
-    handler of its opener it makes any status an answer, follows no redirect, and leaves
-    neither file: nor ftp: to be opened. urllib's ProxyHandler has no place beside it: it
-    fails for a login without a password, and for one in bytes that are no UTF-8.
+    urllib's own handler closes each, and a new TLS connection costs 26 ms of CPU. As
+    the only handler of its opener it makes any status an answer, follows no redirect,
+    and opens no file: or ftp:. urllib's ProxyHandler is not beside it, as that fails
+    for a login without a password, and for one in bytes that are no UTF-8.
     """
 
     def __init__(self, endpoint: "_Endpoint") -> None:
         self.endpoint, self.closed = endpoint, False
-        self.kept: List[_Connection] = []
+        self.kept: Deque[_Connection] = collections.deque()
 
     def http_open(self, request: _Request) -> http.client.HTTPResponse:
         """The answer, whose body is still to be read.
 
-        Where a kept connection turns out dead before any byte of an answer, the request is
-        sent once more on a fresh one, as the same attempt. That the server read it and died
-        cannot be excluded; browsers take the same risk.
+        Where a kept connection turns out dead before any byte of an answer, the request
+        is sent once more on a fresh one, as the same attempt. That the server read it
+        and died cannot be excluded; browsers take the same risk.
         """
         request.expires = request.began + (request.timeout or 0.0)
-        connection = self._quiet()
-        if connection is not None:
-            try:
-                return connection.exchange(request)
-            except OSError as fault:
-                if not _hung_up(fault) or connection.heard or request.cut:
-                    raise
-                request.sent_again(fault)
-                request.began, request.wall = _now(), _wall()
+        for connection in iter(self._take, None):
+            if connection.is_quiet():
+                try:
+                    return connection.exchange(request)
+                except OSError as fault:
+                    if not _hung_up(fault) or connection.heard or request.cut:
+                        raise
+                    request.sent_again(fault)
+                    request.began, request.wall = _now(), _wall()
+                    break
         return _Connection(self.endpoint, self).exchange(request)
 
     https_open = http_open
 
-    def _quiet(self) -> "Optional[_Connection]":
-        """A kept connection that is still there and in step, if there is one."""
-        while self.kept:
-            with contextlib.suppress(IndexError):  # another thread took the last
-                connection = self.kept.pop()
-                if connection.is_quiet():
-                    return connection
-        return None
+    def _take(self) -> "Optional[_Connection]":
+        try:
+            return self.kept.pop()
+        except IndexError:
+            return None
 
     def close(self) -> None:
         self.closed = True
-        while self.kept:
-            with contextlib.suppress(IndexError):
-                self.kept.pop().close_socket()
+        for connection in iter(self._take, None):
+            connection.close_socket()
 
 
 class _Connection(io.RawIOBase):
-    """A connection that is kept: a stream of answers. Its reads end with the attempt, while a
-    socket's own time-out begins anew with each byte."""
+    """A connection that is kept: a stream of answers. Its reads end with the attempt,
+    while a socket's own time-out begins anew with each byte."""
 
     def __init__(self, endpoint: "_Endpoint", home: _KeepAliveHandler) -> None:
         self.endpoint, self.home = endpoint, home
         self.sock: Any = None
-        self.reader: Any = None        # of what the socket brings
-        self.expires = math.inf
-        self.request: Any = None       # the present one
-        self.heard = 0                 # bytes of its answer
-        self.stands = False            # TCP and TLS do
+        self.reader: Any = None   # of what the socket brings
+        self.request: Any = None  # the present one
+        self.heard = 0            # bytes of its answer
+        self.stands = False       # TCP and TLS do
         self.resolved = threading.Event()
 
     def exchange(self, request: _Request) -> http.client.HTTPResponse:
         """Send a request, and read the head of its answer."""
         self.request, self.heard, request.connection = request, 0, self
         try:
-            if request.cut:  # before hang_up() could find this connection
-                raise ConnectionAbortedError("hung up")
             if not self.stands:
                 self._connect()
-            early = self._send(request)
+            self._refuse_cut()
+            refused_early = not self._send(request)
             response = http.client.HTTPResponse(self.reader, method="POST")
             response.begin()
-            response.will_close = response.will_close or early
+            response.will_close |= refused_early
             return response
         except BaseException:
             self.close_socket()
@@ -1219,7 +1202,7 @@ class _Connection(io.RawIOBase):
     def hang_up(self) -> None:
         """End what goes on here, from another thread."""
         self.resolved.set()
-        with contextlib.suppress(OSError, TypeError):  # there is no socket yet, or no more
+        with contextlib.suppress(OSError, TypeError):  # there is no socket
             # SSLSocket's own would take the TLS state from under the thread that reads.
             socket.socket.shutdown(self.sock, socket.SHUT_RDWR)
 
@@ -1228,11 +1211,11 @@ class _Connection(io.RawIOBase):
             self.sock.close()
 
     def is_quiet(self) -> bool:
-        """Whether the kept connection is there, and has brought nothing; else it is closed."""
+        """Whether it is there and has brought nothing since its answer; else it is
+        closed."""
         try:
             self.sock.settimeout(0.0)
-            self.request = None
-            self.reader.peek(1)  # bytes that no answer has, or the end of the connection
+            self.reader.peek(1)  # bytes that belong to no answer, or the end
         except (OSError, ValueError) as fault:
             if type(fault).__name__ in ("BlockingIOError", "SSLWantReadError"):
                 return True
@@ -1244,14 +1227,14 @@ class _Connection(io.RawIOBase):
         left = self.request.expires - _now()
         if left <= 0:
             raise socket.timeout("timed out")
-        if left < math.inf and abs((self.sock.gettimeout() or -1.0) - left) > 0.01:
+        if abs((self.sock.gettimeout() or -1.0) - left) > 0.01:
             self.sock.settimeout(left)  # not each time: it is a system call
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        if self.heard > 2 * _MAX_ANSWER:  # http.client reads a chunk of -1 bytes for ever
+        if self.heard > 2 * _MAX_ANSWER:  # http.client would read a chunk of -1 bytes
             raise ValueError("the answer is too long")
         if self.request is not None:
             self.arm()
@@ -1260,24 +1243,24 @@ class _Connection(io.RawIOBase):
         return count
 
     def _send(self, request: _Request) -> bool:
-        """Send head and body in one write; whether the server stopped to listen before."""
-        head = ["POST %s HTTP/1.1" % self.endpoint.target, "Host: " + request.host]
-        head += ["%s: %s" % header for header in request.header_items()]
-        head.append("Content-Length: %d\r\n\r\n" % len(request.payload))
+        """Send head and body in one write; whether the server listened to the end."""
+        lines = ["POST %s HTTP/1.1" % self.endpoint.target, "Host: " + request.host]
+        lines += ["%s: %s" % header for header in request.header_items()]
+        lines.append("Content-Length: %d\r\n\r\n" % len(request.payload))
         self.arm()
         try:
-            self.sock.sendall("\r\n".join(head).encode("latin-1") + request.payload)
+            self.sock.sendall("\r\n".join(lines).encode() + request.payload)
         except OSError as fault:
             if not _hung_up(fault):
                 raise
-            return True  # a refusal, 413 say, may lie there; if not, reading fails as well
-        return False
+            return False  # a refusal, 413 say, may lie there; if not, reading fails too
+        return True
 
     def _connect(self) -> None:
         endpoint = self.endpoint
         self._dial(*(endpoint.proxy or endpoint.address))
         self.reader = _Reader(self)
-        if endpoint.proxy and endpoint.context:
+        if endpoint.connect:
             self.sock.sendall(endpoint.connect)
             response = http.client.HTTPResponse(self.reader, method="CONNECT")
             response.begin()
@@ -1285,31 +1268,32 @@ class _Connection(io.RawIOBase):
                 raise _Refused(response.status, response.reason)
             self.reader = _Reader(self)  # what came in clear is no part of an answer
         if endpoint.context:
-            self.arm()
-            self.sock = endpoint.context.wrap_socket(  # in two steps: hang_up() finds it
-                self.sock, server_hostname=endpoint.address[0], do_handshake_on_connect=False)
+            self.arm()  # TLS in two steps, so that hang_up() finds the socket
+            self.sock = endpoint.context.wrap_socket(
+                self.sock, server_hostname=endpoint.address[0],
+                do_handshake_on_connect=False)
             self.sock.do_handshake()
         self.stands = True
-        if self.request.cut:  # in TLS: what hang_up() shut down was not this socket yet
+
+    def _refuse_cut(self) -> None:
+        if self.request.cut:  # without a socket in use, so that none was shut down
             raise ConnectionAbortedError("hung up")
 
     def _dial(self, host: str, port: int) -> None:
         """Connect to the first address that answers, all of them within one bound."""
         end = min(self.request.expires, _now() + _CONNECT)
         places = self._addresses(host, port, end)
-        while places and not self.request.cut:
-            family, kind, protocol, _, address = places.pop(0)
+        for number, (family, kind, protocol, _, address) in enumerate(places):
+            self._refuse_cut()
             self.sock = socket.socket(family, kind, protocol)
-            self.sock.settimeout(max(0.001, (end - _now()) / (len(places) + 1)))
+            self.sock.settimeout(max(0.001, (end - _now()) / (len(places) - number)))
             try:
                 self.sock.connect(address)
                 break
             except OSError:
                 self.sock.close()
-                if not places:
+                if number == len(places) - 1:
                     raise
-        if self.request.cut:
-            raise ConnectionAbortedError("hung up")
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         if hasattr(socket, "TCP_KEEPIDLE"):  # before a firewall forgets the connection
@@ -1317,13 +1301,14 @@ class _Connection(io.RawIOBase):
         self.arm()
 
     def _addresses(self, host: str, port: int, end: float) -> List[Any]:
-        """getaddrinfo() in a thread of its own: it has no time limit and cannot be woken."""
+        """getaddrinfo() in a thread of its own: it has no time limit, nor can it be
+        woken."""
         socket.socket().close()  # without a descriptor left it would know no name
         found: List[Any] = []
 
         def look_up() -> None:
             try:
-                found.append(socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM))
+                found.extend(socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM))
             except Exception as fault:
                 found.append(fault)
             self.resolved.set()
@@ -1331,12 +1316,11 @@ class _Connection(io.RawIOBase):
             threading.Thread(target=look_up, daemon=True).start()
         except RuntimeError:  # no more threads, or the interpreter's end
             look_up()
-        self.resolved.wait(end - _now())
-        if not found:
+        if not self.resolved.wait(end - _now()) or not found:
             raise socket.timeout("timed out")
         if isinstance(found[0], Exception):
             raise found[0]
-        return list(found[0])
+        return found
 
 
 class _Reader(io.BufferedReader):
@@ -1358,169 +1342,489 @@ def _hung_up(fault: BaseException) -> bool:
             or "unexpected eof" in str(fault))  # for which 3.6 and 3.7 have no class
 
 
-def _translate(fault: BaseException, request: _Request, endpoint: "_Endpoint") -> "_Verdict":
-    """What an attempt without a whole answer comes to: here alone foreign exceptions become
-    ours."""
-    kind, place = type(fault).__name__, endpoint.place
-    text = endpoint.hide("%s: %s" % (kind, fault))[:300]
+def _translate(fault: BaseException, request: _Request,
+               endpoint: "_Endpoint") -> "_Verdict":
+    """What an attempt without a whole answer comes to: here alone foreign exceptions
+    become ours."""
     stands = request.connection is not None and request.connection.stands
+    text = endpoint.hide("%s: %s" % (type(fault).__name__, fault))[:300]
+    place = endpoint.place
     if isinstance(fault, socket.timeout):
         if not stands:
             return _passing("no connection to %s in time" % place, 504, math.inf,
                             APITimeoutError, "connect_timeout")
-        return _passing("no answer from %s within %.3g s: raise timeout= (or deadline=) if the "
-                        "model needs longer" % (place, request.timeout or 0.0), 504, 2,
-                        APITimeoutError, "timeout")
+        return _passing("no answer from %s within %.3g s: raise timeout= (or deadline=) if"
+                        " the model needs longer" % (place, request.timeout or 0.0), 504,
+                        2, APITimeoutError, "timeout")
     if isinstance(fault, _Refused):
         words = "%s refuses: %d %s" % ((place,) + fault.args)
         if fault.args[0] == 407:
-            words += " (login for the proxy: http://user:password@host:port in https_proxy)"
-        return (_passing if fault.args[0] in RETRYABLE else _lasting)(words, 503)
+            words += (" (login for the proxy: http://user:password@host:port in "
+                      "https_proxy)")
+        return _passing(words, 503, math.inf if fault.args[0] in RETRYABLE else 1)
     if ssl and isinstance(fault, (ssl.SSLError, ssl.CertificateError)):
-        words = _tls_words(kind, text)
+        words = _tls_words(text)
         if words or not (stands or _hung_up(fault)):
-            return _lasting("%s. %s" % (words or "TLS cannot be set up with " + place, text))
+            return _passing((words or "no TLS with %s. " % place) + text, None, 1)
     if isinstance(fault, OSError) and fault.errno in (errno.EMFILE, errno.ENFILE):
-        return _passing("no more files or connections may be open at once: lower "
-                        "max_concurrency, or raise the limit (ulimit -n). " + text, None,
+        return _passing("no more files or connections may be open at once: lower max_"
+                        "concurrency, or raise the limit (ulimit -n). " + text, None,
                         code="no_socket")
     if isinstance(fault, (OSError, http.client.HTTPException, ValueError)):
-        words = "no whole answer from %s. " if stands else "no connection to %s. "
-        return _passing(words % place + text + ("" if stands else endpoint.hint), 503)
+        return _passing("no whole answer from %s. %s" % (place, text) if stands else
+                        "no connection to %s. %s%s" % (place, text, endpoint.hint), 503)
     return _Verdict(Error("unexpected " + text, code="unexpected"))
 
 
 def _passing(words: str, load: Optional[int], tries: float = math.inf,
              kind: Type[Error] = APIConnectionError,
              code: str = "connection_error") -> "_Verdict":
-    return _Verdict(kind(words, retryable=True, code=code), tries, load)
+    return _Verdict(kind(words, code=code, retryable=tries > 1), tries,
+                    load if tries > 1 else None)
 
 
-def _lasting(words: str, _: Optional[int] = None) -> "_Verdict":
-    return _Verdict(APIConnectionError(words))
-
-
-def _tls_words(kind: str, text: str) -> str:
+def _tls_words(text: str) -> str:
     """What a user can do about a fault of TLS, where that is known."""
-    if "CERTIFICATE_VERIFY_FAILED" in text or kind == "CertificateError":
-        return ("the server's certificate is not trusted. Where the network inspects TLS, give "
-                "its CA as ca_file=, SSL_CERT_FILE or REQUESTS_CA_BUNDLE (Python 3.13 also "
-                "demands of a CA that it states its key usage and key identifiers)")
-    # As words where Python knows no name for the alert: 3.6 with TLS 1.3.
+    if "CERTIFICATE_VERIFY_FAILED" in text or text.startswith("CertificateError"):
+        return ("the server's certificate is not trusted. Where the network inspects "
+                "TLS, give its CA as ca_file=, SSL_CERT_FILE or REQUESTS_CA_BUNDLE "
+                "(Python 3.13 also demands a CA that states its key usage). ")
+    # As words where Python has no name for the alert: 3.6 with TLS 1.3.
     if re.search("(?i)alert.(bad.|no.)?certificate|alert.handshake.failure", text):
-        return "the server refuses the connection; it may demand a certificate of the client"
+        return "the server refuses us: it may demand a certificate of the client. "
     return ""
 
 
 # Reading answers
 
 
+# Codes of an error that say that there is no money, as billing_... do; 1113 is Zhipu's.
+MONEY = frozenset("""
+    1113 arrearage credit_balance_exhausted exceeded_current_quota_error
+    insufficient_balance insufficient_funds insufficient_quota insufficient_user_quota
+    pre_consume_token_quota_failed quota_exceeded""".split())
+_NO_MODEL = frozenset({"model_not_found", "unsupported_model"})
+# What no repetition cures: CometAPI answers an unknown model with 503 and a malformed
+# request with 500. Compared with both the code and the type of an error. With 429 only
+# the two above count: some call a rate limit an invalid_request_error.
+PERMANENT = MONEY | _NO_MODEL | frozenset("""
+    access_denied access_terminated authentication_error content_filter
+    content_policy_violation context_length_exceeded convert_request_failed
+    count_token_failed gen_relay_info_failed invalid_api_key invalid_request
+    invalid_request_error missing_required_parameter model_price_error
+    permission_denied permission_error prompt_blocked
+    sensitive_words_detected""".split())
+# The statuses that codes of MiniMax's base_resp stand for; its other codes may pass.
+_MINIMAX = {"1002": 429, "1039": 429, "1004": 401, "2049": 401, "1008": 402,
+            "1026": 400, "1027": 400, "2013": 400}
+_SUCCESS = ("", "0", "200", "none", "ok", "success")  # codes that tell of no failure
+# CometAPI documents 429, 500, 503, 504 and 524 as passing, Groq 498; gateways answer the
+# others for the same reasons.
+RETRYABLE = frozenset({408, 429, 498, 500, 502, 503, 504, 520, 521, 522, 523, 524, 529})
+_MAX_DEPTH = 200        # json recurses in C: a hostile answer could overrun a stack
+_MAX_WISH = 31 * 86400  # seconds: whoever asks to wait longer means something else
+_MIN_SECRET = 6         # a shorter key is a placeholder such as "none", a common word
+_SLICE = 1 << 16        # bytes that are decompressed at once
+_MAX_MEMBERS = 1000     # of a gzip body: each costs time, even an empty one
+_MAX_EVENTS = 1 << 20   # of a stream, likewise
+_TOO_LONG = "more than %d MiB" % (_MAX_ANSWER >> 20)
+_WORDS = {"code": ("code", "error_code", "status_code"), "type": ("type",),
+          "param": ("param",), "message": ("message", "msg", "status_msg", "error_msg")}
+_STREAM = re.compile("(data|event|id|retry)?:")         # how server-sent events begin
+_PIECES = ("delta", "logprobs", "text")                 # what a stream sends in pieces,
+_ONCE = ("role", "id", "type", "name", "format")        # these in it again and again
+_NUMBER = r"[0-9]{1,15}(?:\.[0-9]{1,15})?"
+_SPAN = (r"(%s)\s*(milliseconds?|ms|s(?:ec(?:ond)?s?)?|m(?:in(?:ute)?s?)?"
+         r"|h(?:(?:ou)?rs?)?|d(?:ays?)?)(?![a-z])" % _NUMBER)
+_ASKED = re.compile(  # "try again in 7m12s", "retryDelay": "37s", "retry_after_ms": 350
+    r"(?i)(?:try again|retry|(?<![a-z])wait|(?<!connection )reset|estimated_time"
+    r"|available(?: again)? in)((?:[\s\"'`\\:={(~*_-]|\\n|again|after|delay|in|for|at"
+    r"|least|about|approximately|another|time|your|this|the|request|milli|second|ms|s)"
+    r"{0,30})(?<!-)(?:((?:%s[\s,]*(?:and\s+)?)+)|(%s)(?![\w:/-]))" % (_SPAN, _NUMBER))
+
+
 class _Answer(NamedTuple):
+    """What came back for a request."""
     status: int
     headers: http.client.HTTPMessage
-    body: bytes
-    cut: str = ""  # why it ended early
+    body: bytes    # longer than _MAX_ANSWER: there is more, which was not read
+    cut: str = ""  # why the body ended before its end; "" when it is whole
 
 
 class _Verdict(NamedTuple):
     """What an attempt came to."""
     outcome: Union[Completion, Error]
-    tries: float = 1             # attempts that a call may make while it fails so
-    load: Optional[int] = None   # the status of a refusal, for the throttle
+    tries: float = 1  # attempts in all that a call may make while it fails like this
+    load: Optional[int] = None  # a refusal's status, where it says something about load
 
 
-PERMANENT = frozenset("""
-    access_denied access_terminated content_filter content_policy_violation
-    context_length_exceeded convert_request_failed count_token_failed credit_balance_exhausted
-    gen_relay_info_failed insufficient_quota insufficient_user_quota invalid_api_key
-    invalid_request invalid_request_error missing_required_parameter model_not_found
-    model_price_error permission_denied pre_consume_token_quota_failed prompt_blocked
-    quota_exceeded sensitive_words_detected unsupported_model""".split())
+def _understand(answer: _Answer, hide: Callable[[str], str], url: str,
+                streamed: bool = True) -> _Verdict:
+    """The Completion that an answer holds, or the Error that it stands for.
+
+    What came whole is paid for, so it is read if it can be read. `hide` takes the key
+    out of the server's words; `url` is what was asked, `streamed` whether for a stream.
+    """
+    text, missing = _text(answer)
+    data = text if missing == _TOO_LONG else _value(text, streamed)
+    if 200 <= answer.status < 300 and not _trouble(data):
+        with contextlib.suppress(LookupError, TypeError, AttributeError):
+            return _Verdict(_completion(data, hide(_request_id(answer)) or None))
+    return _failure(answer, text, missing, data, hide, url)
 
 
-
-_MAX_DEPTH = 200
-_MIN_SECRET = 6
-
-
-def _understand(answer: _Answer, hide: Any, url: str) -> _Verdict:
-    outcome, load = _understand_1(answer, hide)
-    if isinstance(outcome, Error):
-        return _Verdict(outcome, math.inf if outcome.retryable else 1, load)
-    return _Verdict(outcome)
-
-
-def _speaks_of_money(error: Error) -> bool:
-    return error.status_code == 429 and bool({error.code, error.type} & {"insufficient_quota"})
-
-
-def _understand_1(answer: _Answer, secret: Any) -> Any:
-    """The Completion that an answer holds, or the Error that it stands for."""
-    try:
-        data = _parse(answer.body.decode().lstrip("\ufeff"))
-        choice = data["choices"][0]
-        text = choice["message"].get("content")
-        if not 200 <= answer.status < 300 or data.get("error"):
-            raise ValueError("a failure")
-    except (ValueError, LookupError, TypeError, AttributeError):
-        return _failure(answer, secret)
+def _completion(data: Any, request_id: Optional[str]) -> Completion:
+    """Raises LookupError, TypeError or AttributeError where there is none."""
+    choice, usage = data["choices"][0], data.get("usage")
+    message = choice["message"] if "message" in choice else {"content": choice["text"]}
+    text, reason = message.get("content"), choice.get("finish_reason")
     if isinstance(text, list):  # of parts, as some gateways have it
-        text = "".join(str(part.get("text") or "") for part in text if isinstance(part, dict))
-    usage = data.get("usage")
-    return Completion(text if isinstance(text, str) else "", str(data.get("model") or ""),
-                      choice.get("finish_reason"), usage if isinstance(usage, dict) else {},
-                      _request_id(answer, secret), 1, 0.0, data), None
+        text = "".join(str(part.get("text") or "") for part in text
+                       if isinstance(part, dict))
+    return Completion(
+        text if isinstance(text, str) else "", str(data.get("model") or ""),
+        reason if isinstance(reason, str) else None,
+        usage if isinstance(usage, dict) else {}, request_id, 1, 0.0, data)
 
 
-def _failure(answer: _Answer, secret: Any) -> Any:
-    """The Error for an answer that is no completion: the server's words, and the verdict."""
-    text = answer.body[:_MAX_ERROR].decode("utf-8", "replace").lstrip("\ufeff")
-    body = _loosely(secret(text))
-    error = body.get("error") if isinstance(body, dict) else None
-    said = error if isinstance(error, dict) else {"message": error} if error else {}
-    words = {name: str(said[name])[:2000] for name in ("code", "type", "param", "message")
-             if said.get(name) not in (None, "")}
-    status, retryable = _verdict(answer, words, not isinstance(body, (dict, list)) or bool(error))
-    what = words.get("message") or " ".join(str(body)[:200].split()) or "an empty body"
-    kind: Type[Error] = RateLimitError if answer.status == 429 else APIStatusError
+def _trouble(data: Any) -> Any:
+    """The part of a 2xx answer that tells of a failure, if one does."""
+    if not isinstance(data, dict):
+        return None
+    choices, base = data.get("choices"), data.get("base_resp")
+    code = base.get("status_code") if isinstance(base, dict) else data.get("code")
+    if data.get("error") or not choices and str(code or "").lower() not in _SUCCESS:
+        return data
+    for choice in choices if isinstance(choices, list) else ():
+        if isinstance(choice, dict) and (
+                choice.get("error") or choice.get("finish_reason") == "error"):
+            return {"error": choice.get("error") or "finish_reason is error"}
+    return None
+
+
+def _failure(answer: _Answer, text: str, missing: str, data: Any,
+             hide: Callable[[str], str], url: str) -> _Verdict:
+    """The Error for an answer that is no completion, and whether it may pass."""
+    trouble = data if answer.status >= 300 else _trouble(data)
+    words = {name: hide(word)[:2000] for name, word in _words(trouble).items()}
+    body = hide(text[:_MAX_ERROR])[:_MAX_ERROR - 1024]  # no part of a key at its end
+    what = words.get("message") or " ".join(body[:200].split())
+    kind: Any = RateLimitError if answer.status == 429 else APIStatusError
+    tries, load = _again(_status(answer, words, trouble), words)
     if answer.status < 300:
         kind = APIResponseError
+        if trouble is None:
+            tries, load, form = _no_answer(answer, text, missing, data)
+            what = hide(form.format(url=url, why=missing, said=what))
     elif answer.status < 400:
-        what = "a redirect, which is not followed: check the base URL"
-    return kind(
-        "HTTP %s: %s" % (("%d %s" % (answer.status, words.get("code", ""))).rstrip(), what),
-        status_code=answer.status, body=body, retryable=retryable,
-        retry_after=_retry_after(answer.headers),
-        request_id=_request_id(answer, secret, words.get("message", "")),
-        **words), status if retryable else None
+        place = re.match(r"(?:https?:)?//([\w.:-]{1,200})",
+                         answer.headers.get("location", ""))
+        what = hide("a redirect%s, which is not followed: check the base URL" % (
+            " to " + place.group(1) if place else ""))
+    hint = answer.headers.get("x-should-retry", "")
+    tries = {"true": math.inf, "false": 1}.get(hint, tries)
+    wish = _wish(answer.headers, str(trouble)[:_MAX_ERROR])
+    return _Verdict(kind(
+        "HTTP %s: %s" % (("%d %s" % (answer.status, words.get("code", ""))).rstrip(),
+                         what or "an empty body"),
+        status_code=answer.status, body=_loosely(body), retryable=tries > 1,
+        retry_after=wish or None if tries > 1 or answer.status == 429 else None,
+        request_id=hide(_request_id(answer, words.get("message", ""))) or None,
+        **words), tries, load if tries > 1 else None)
 
 
-def _verdict(answer: _Answer, words: Dict[str, str], may: bool) -> Tuple[Optional[int], bool]:
-    """The status that a failure stands for, and whether the request may pass when tried again:
-    `may` decides for a 2xx answer that names no status of its own."""
-    code, hint = words.get("code", ""), answer.headers.get("x-should-retry")
-    status, inner = (None, code) if answer.status < 300 else (answer.status, "")
-    if code == "bad_response_status_code":
-        inner = words.get("param", "")  # the upstream's own, which the gateway hid
-    if re.match("[1-5][0-9][0-9]$", inner):
-        status = int(inner)
-    if hint in ("true", "false"):
-        return status, hint == "true"
+def _no_answer(answer: _Answer, text: str, missing: str,
+               data: Any) -> Tuple[float, Optional[int], str]:
+    """The verdict on a 2xx with neither a completion nor an error, and its words."""
+    page = "html" in answer.headers.get("content-type", "").lower() or text[:1] == "<"
+    for holds, tries, form in (
+            (missing == _TOO_LONG, 1, "an answer of {why}"),
+            (not text, math.inf, "an empty body"),
+            (_STREAM.match(text), math.inf, "a stream without a finish_reason: {said}"),
+            (isinstance(data, dict), 2, "an answer without choices: {said}"),
+            (isinstance(data, str) and missing, math.inf, "cut off ({why}): {said}"),
+            (page, 1, "a web page came from {url}: check the base URL "
+                      "(is /v1 missing?): {said}")):
+        if holds:
+            return tries, None, form
+    return 1, None, "{said}"
+
+
+def _status(answer: _Answer, words: Dict[str, str], trouble: Any) -> Optional[int]:
+    """The status that a failure stands for; None for a 2xx that does not say."""
+    code = words.get("code", "")
+    status = None if answer.status < 300 else answer.status
+    if status:  # the upstream's own may stand in `param`, hidden by the gateway
+        code = words.get("param", "") if code == "bad_response_status_code" else ""
+    elif isinstance(trouble, dict) and "base_resp" in trouble:
+        return _MINIMAX.get(code)
+    elif re.search("(?i)rate_?limit|too_?many_?requests", code + words.get("type", "")):
+        status = 429
+    return int(code) if re.match("[1-5][0-9][0-9]$", code) else status
+
+
+def _again(status: Optional[int], words: Dict[str, str]) -> Tuple[float, Optional[int]]:
+    """How many attempts a failure deserves, and the load that it shows."""
     named = {words.get(name, "").lower() for name in ("code", "type")}
-    if PERMANENT & named or any(name.startswith("billing_") for name in named):
-        return status, False
-    if status is None:
-        return status, may and len(answer.body) <= _MAX_ANSWER
-    return status, status in RETRYABLE
+    lasting = named & (_NO_MODEL if status == 429 else PERMANENT)
+    if lasting or _speaks_of_money(*named) or (
+            status == 429 and _is_too_large(words.get("message", ""))):
+        return 1, None
+    if status is None or status == 408:  # which says that one request was slow
+        return math.inf, None
+    return (math.inf, status) if status in RETRYABLE else (1, None)
 
 
-def _code(error: Error) -> str:
-    return error.code or "http_%s" % error.status_code
+def _speaks_of_money(*names: str) -> bool:
+    return any(name.lower() in MONEY or name.lower().startswith("billing_")
+               for name in names)
+
+
+def _is_too_large(message: str) -> bool:
+    """Whether a request exceeds the limit itself: then it never passes."""
+    limit, requested = [
+        [int(re.sub(r"\D", "", number)) for number in re.findall(
+            r"(?i)\b%s\W{1,3}([0-9]{1,15}(?:[,._'][0-9]{3}){0,5})" % name, message)[:1]]
+        for name in ("limit", "requested")]
+    if limit and requested:
+        return requested > limit
+    return bool(re.search("(?i)request too large|reduce the length|maximum context",
+                          message))
+
+
+def _words(body: Any) -> Dict[str, str]:
+    """The code, type, param and message of a failure, wherever gateways put them."""
+    layers = [] if isinstance(body, str) else _layers(body)
+    found: Dict[str, str] = {}
+    for name, spellings in _WORDS.items():
+        order = layers[::-1] if name == "message" else layers[1:] + layers[:1]
+        for value in (layer.get(spelling) for layer in order for spelling in spellings):
+            if type(value) in (str, int, float) and value != "":
+                found.setdefault(name, str(value))
+    return found
+
+
+def _layers(value: Any) -> List[Dict[str, Any]]:
+    """The objects in which an error lies, one within the other, be it as a text."""
+    layers: List[Dict[str, Any]] = []
+    for _ in range(9):
+        if isinstance(value, list) and value:
+            value = value[0]
+        if isinstance(value, str):
+            inner = _loosely(value[value.find("{"):]) if "{" in value else value
+            if isinstance(inner, str):
+                code = {"code": value} if re.match(r"[a-z]+(_[a-z]+)+$", value) else {}
+                beside = layers and layers[-1].get("message")
+                return layers + [code if beside else dict(code, message=value)]
+            value = inner
+        if not isinstance(value, dict):
+            break
+        layers.append(value)
+        value = _within(value)
+    return layers
+
+
+def _within(value: Dict[str, Any]) -> Any:
+    """What tells more of an error than the object around it."""
+    for name in ("error", "errors", "detail", "base_resp"):
+        if value.get(name):
+            return value[name]
+    if isinstance(value.get("loc"), list):  # FastAPI's
+        return "%s: %s" % (".".join(map(str, value["loc"])), value.get("msg"))
+    metadata, message = value.get("metadata"), value.get("message")
+    if isinstance(message, dict) or "{" in str(message):
+        return message
+    raw = metadata.get("raw") if isinstance(metadata, dict) else None  # OpenRouter's
+    return {"message": raw} if isinstance(raw, str) else raw
+
+
+def _request_id(answer: _Answer, message: str = "") -> str:
+    """To quote to the provider. Chained gateways each add theirs: the last is ours."""
+    names = ("x-request-id", "x-cometapi-request-id", "x-oneapi-request-id",
+             "request-id")
+    return next(filter(None, map(answer.headers.get, names)), None) or "".join(
+        re.findall(r"\(request id: ([^)\s]{1,200})\)", message)[-1:])
+
+
+def _wish(headers: http.client.HTTPMessage, said: str) -> float:
+    """The seconds that a server asks to wait, the longest of several; 0.0 for none.
+
+    Gateways drop headers but hand bodies on: the error's words count as much.
+    """
+    waits = [_retry_after(headers)]
+    for found in _ASKED.finditer(said):
+        spans, number = found.group(2), float(found.group(5) or 0)
+        if spans:
+            number = sum(float(count) * _seconds(unit) for count, unit in re.findall(
+                "(?i)" + _SPAN, spans))
+        elif re.search("(?i)ms|milli", found.group(1)):
+            number *= 0.001
+        if spans or number > 1e9 or re.search("(?i)after|delay|time|sec|ms",
+                                              found.group()):
+            waits.append(_from_now(number, headers))
+    return max(waits)
+
+
+def _seconds(unit: str) -> float:
+    if re.match("(?i)ms|mil", unit):
+        return 0.001
+    return {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}[unit[0].lower()]
+
+
+def _retry_after(headers: http.client.HTTPMessage) -> float:
+    """retry-after-ms, else Retry-After as of RFC 9110, 10.2.3: seconds, or one of three
+    forms of date; else what LiteLLM was told."""
+    for name, unit in (("retry-after-ms", 0.001), ("retry-after", 1.0),
+                       ("llm_provider-retry-after", 1.0)):
+        waits = [0.0]
+        for value in headers.get_all(name, ()):  # float() would take 1_0 and inf
+            number = re.match(r"[ \t]*([0-9]+(?:\.[0-9]*)?)[ \t]*\Z", value)
+            waits.append(_from_now(float(number.group(1)) * unit if number
+                                   else _timestamp(value), headers))
+        if max(waits) > 0.0:
+            return max(waits)
+    return 0.0
+
+
+def _from_now(seconds: float, headers: http.client.HTTPMessage) -> float:
+    """A large number is a time of Unix, in seconds or milliseconds, to be counted from
+    the answer's own Date since clocks differ. 0.0 for what cannot be meant."""
+    if seconds > 1e9:
+        seconds /= 1000.0 if seconds > 1e12 else 1.0
+        seconds -= _timestamp(headers.get("date", "")) or _wall()
+    return seconds if 0.0 < seconds <= _MAX_WISH else 0.0
+
+
+def _timestamp(date: str) -> float:
+    """The time of an HTTP date, 0.0 for anything else."""
+    try:  # parsedate_to_datetime takes asctime's form, without a zone, for local time
+        parts = email.utils.parsedate_tz(date)
+        return float(email.utils.mktime_tz(parts)) if parts else 0.0
+    except (ValueError, OverflowError, LookupError, TypeError, NameError):  # by a bug
+        return 0.0
+
+
+def _text(answer: _Answer) -> Tuple[str, str]:
+    """A body as text, without its compression, and why it is not whole, or ""."""
+    most = _MAX_ANSWER if 200 <= answer.status < 300 else _MAX_ERROR
+    data, missing = answer.body, answer.cut
+    named = answer.headers.get("content-encoding", "").lower()
+    packed = data[:2] == b"\x1f\x8b" or "gzip" in named or "deflate" in named
+    for bits in (47,) * packed + (-15,) * ("deflate" in named):  # 47: gzip or zlib
+        found, ended = _inflate(data, bits, most + 1)
+        if found:
+            data, missing = found, missing or "compressed data" * (not ended)
+            break
+    if len(data) > most:
+        data, missing = data[:most], _TOO_LONG
+    codec = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8"
+    return data.decode(codec, "replace").strip("\ufeff\0 \t\r\n"), missing
+
+
+def _inflate(data: bytes, bits: int, most: int) -> Tuple[bytes, bool]:
+    """Up to `most` bytes of what was compressed, and whether it came to its end."""
+    machine, found, members = zlib.decompressobj(bits), bytearray(), 0
+    with contextlib.suppress(zlib.error):
+        for start in range(0, len(data), _SLICE):  # as unused_data copies all the rest
+            rest = data[start:start + _SLICE]
+            while rest and len(found) < most and members < _MAX_MEMBERS:
+                if machine.eof:
+                    machine, members = zlib.decompressobj(bits), members + 1
+                found += machine.decompress(rest, most - len(found))
+                rest = machine.unused_data
+    return bytes(found), machine.eof
+
+
+def _value(text: str, streamed: bool) -> Any:
+    """The value of a body that is JSON or a stream of it; other text as it stands.
+
+    A stream that breaks off may say [DONE] all the same, so only a finish_reason proves
+    its end. One that nobody asked for would come again: there [DONE] has to do.
+    """
+    if not _STREAM.match(text):
+        data = _loosely(text)
+        return data[0] if isinstance(data, list) and len(data) == 1 else data
+    data = _assemble(text)
+    done = data.pop("[DONE]", False) and not streamed
+    whole = done or all(choice.get("finish_reason") for choice in data["choices"])
+    return data if whole or _trouble(data) else text
+
+
+def _assemble(text: str) -> Dict[str, Any]:
+    """The answer that server-sent events amount to, as if it had come at once."""
+    data = _join("", list(_events(text)), False) or {}
+    choices = data.get("choices") if isinstance(data.get("choices"), list) else ()
+    data["choices"] = sorted(
+        (choice for choice in choices or () if isinstance(choice, dict)),
+        key=lambda choice: str(choice.get("index")).zfill(9))
+    data["object"] = "chat.completion"
+    for choice in data["choices"]:
+        delta = choice.pop("delta", None)
+        if delta or not {"message", "text"} & set(choice):
+            choice["message"] = dict({"content": None}, **(
+                delta if isinstance(delta, dict) else {}))
+    return data
+
+
+def _events(text: str) -> Iterator[Dict[str, Any]]:
+    """The objects that a stream sends. Heartbeats are none; [DONE] becomes a field."""
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    for event in text.split("\n\n", _MAX_EVENTS)[:_MAX_EVENTS]:
+        fields = [line.partition(":")[::2] for line in event.split("\n", _MAX_EVENTS)]
+        lines = [line.strip() for name, line in fields if name.strip() == "data"]
+        failed = ("event", "error") in [(name, kind.strip()) for name, kind in fields]
+        values = [_loosely("\n".join(lines))]
+        if isinstance(values[0], str):  # or each line is an event, without a blank one
+            values = list(map(_loosely, lines))
+        for value in values:
+            if failed and not (isinstance(value, dict) and value.get("error")):
+                value = {"error": value or "an event named error"}
+            if isinstance(value, str) and value.startswith("{"):
+                return  # cut off: what follows would leave a hole
+            if value == "[DONE]" or isinstance(value, dict):
+                yield value if isinstance(value, dict) else {value: True}
+
+
+def _join(name: str, parts: List[Any], pieces: bool) -> Any:
+    """The value of a field of which a stream has sent parts: pieces of it, or news."""
+    parts = [part for part in parts if part is not None]
+    kind = type(parts[-1]) if parts else None
+    parts = [part for part in parts if type(part) is kind]
+    if kind is dict:
+        found: Dict[str, List[Any]] = {}
+        for field, value in itertools.chain.from_iterable(map(dict.items, parts)):
+            found.setdefault(field, []).append(value)
+        return {field: _join(field, values, pieces or field in _PIECES)
+                for field, values in found.items() if field != "index" or not pieces}
+    if kind is list and (pieces or name == "choices"):
+        return [_join("", group, pieces) for group in _groups(
+            itertools.chain.from_iterable(parts))]
+    if kind is str and pieces:  # dict: each piece once, in their order
+        return "".join(dict.fromkeys(parts) if name in _ONCE else parts)
+    return next(filter(None, reversed(parts)), parts[-1] if parts else None)
+
+
+def _groups(items: Iterable[Any]) -> List[List[Any]]:
+    """Which items are parts of one: those of the same index, until another id comes."""
+    groups: List[List[Any]] = []
+    current: Dict[str, Tuple[Any, List[Any]]] = {}
+    for item in items:
+        if not (isinstance(item, dict) and {"index", "function", "delta"} & set(item)):
+            groups.append([item])
+            continue
+        place, known = str(item.get("index", 0)), item.get("id")
+        former, group = current.get(place, (None, []))
+        if not group or known and former and known != former:
+            group = []
+            groups.append(group)
+        group.append(item)
+        current[place] = (known or former, group)
+    return groups
 
 
 def _parse(text: str, depth: int = _MAX_DEPTH) -> Any:
     """The value of a JSON text, no matter who wrote it. Raises ValueError."""
-    if text.count("[") + text.count("{") > depth:  # those outside of strings are what counts
+    if text.count("[") + text.count("{") > depth:  # those outside of strings count
         outside = "".join(text.replace("\\\\", "").replace('\\"', "").split('"')[::2])
         level = 0
         for run in re.finditer(r"[\[{]+|[\]}]+", outside):
@@ -1539,60 +1843,26 @@ def _loosely(text: str) -> Any:
 
 def _number(digits: str) -> Any:
     value = float(digits)  # at once, where int() of a million digits takes minutes
-    if not abs(value) < math.inf:  # which dumps() would write, and no one read
-        raise ValueError("%.20s is no number of JSON, or beyond all bounds" % digits)
+    if not abs(value) < math.inf:
+        raise ValueError("%.20s is beyond all bounds" % digits)
     return int(digits) if digits.lstrip("-").isdigit() else value
 
 
-_decode = json.JSONDecoder(parse_constant=_number, parse_float=_number, parse_int=_number).decode
+_decode = json.JSONDecoder(parse_float=_number, parse_int=_number,
+                           parse_constant=lambda name: None).decode  # NaN, Infinity
 
 
 def _hider(*keys: str) -> Callable[[str], str]:
-    """A function that takes keys out of a text, however JSON may write them."""
-    found = [re.compile("".join(r"(?:%s%s|\\u00(?i:%02x))" % (
-        "" if sign.isalnum() else r"\\?", re.escape(sign), ord(sign)) for sign in key))
-        for key in keys if len(key) >= _MIN_SECRET]
-
-    def hide(text: str) -> str:
-        for one in found:
-            text = one.sub("***", text)
-        return text
-    return hide
+    """Takes keys out of a text, however JSON may write them, even twice over."""
+    find = re.compile("|".join("".join(r"(?:%s%s|\\%su00(?i:%02x))" % (
+        "" if sign.isalnum() else r"\\{0,8}", re.escape(sign), "{1,8}" if place else "",
+        ord(sign)) for place, sign in enumerate(key))
+        for key in keys if len(key) >= _MIN_SECRET) or "(?!)")
+    return lambda text: find.sub("***", text)
 
 
-def _request_id(answer: _Answer, secret: Any, message: str = "") -> Optional[str]:
-    """The id to quote to the provider. Chained gateways each append theirs: the last is ours."""
-    names = ("x-request-id", "x-cometapi-request-id", "x-oneapi-request-id", "request-id")
-    found = next(filter(None, map(answer.headers.get, names)), None) or "".join(
-        re.findall(r"\(request id: ([^)\s]{1,200})\)", message)[-1:])
-    return secret(found) or None
-
-
-def _retry_after(headers: http.client.HTTPMessage) -> Optional[float]:
-    """The seconds that a server asks to wait, the longest of several; None for none, or nonsense.
-
-    retry-after-ms, else Retry-After as of RFC 9110, 10.2.3: seconds, or one of three forms of date,
-    counted from the answer's own Date since clocks differ.
-    """
-    for name, unit in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
-        waits = [0.0]
-        for value in headers.get_all(name, ()):
-            if re.match(r"[ \t]*[0-9]+(\.[0-9]*)?[ \t]*\Z", value):  # float() takes 1_0 and inf
-                waits.append(float(value) * unit)
-            elif _timestamp(value):
-                waits.append(_timestamp(value) - (_timestamp(headers.get("date", "")) or _wall()))
-        if max(waits) > 0.0:
-            return max(waits)
-    return None
-
-
-def _timestamp(date: str) -> float:
-    """The time of an HTTP date, 0.0 for anything else."""
-    try:  # parsedate_to_datetime takes asctime's form, which names no zone, for local time
-        parts = email.utils.parsedate_tz(date)
-        return float(email.utils.mktime_tz(parts)) if parts else 0.0
-    except (ValueError, OverflowError, LookupError, TypeError, NameError):  # the last by 3.6's bug
-        return 0.0
+def _code(error: Error) -> str:
+    return error.code or "http_%s" % error.status_code
 
 
 # Settings
@@ -1604,154 +1874,68 @@ class _Endpoint:
     def __init__(self, api_key: Optional[str], base_url: Optional[str],
                  headers: Optional[Dict[str, str]], ca_file: Optional[str],
                  allow_http: bool) -> None:
-        own = _checked_headers(headers or {})
-        key = _key(api_key)
-        secrets = {name: value for name, value in own.items() if _is_secret(name)}
-        self.hide = _hider(key, *(value.split()[-1] for value in secrets.values()))
+        own, key = _headers(headers or {}), _key(api_key)
+        self.secrets = {name: value for name, value in own.items() if _is_secret(name)}
+        self.hide = _hider(key, *(value.split()[-1] for value in self.secrets.values()))
         parts = _split_url(base_url, allow_http, self.hide)
         secure, host = parts.scheme == "https", parts.hostname or ""
-        if not (key or not secure or {"authorization", "api-key"} & set(map(str.lower, own))):
-            raise ConfigurationError("there is no API key: set COMETAPI_KEY, or pass api_key=")
-        if key and "authorization" not in map(str.lower, own):
-            secrets["Authorization"] = "Bearer " + key
+        if "Authorization" not in own and key:
+            self.secrets["Authorization"] = "Bearer " + key
+        elif secure and not {"Authorization", "Api-Key"} & set(own):
+            raise ConfigurationError(
+                "there is no API key: set COMETAPI_KEY, or pass api_key=")
+        self.headers = dict(
+            {"User-Agent": "cometlimit/" + __version__, "Accept": "application/json",
+             "Accept-Encoding": "identity", "Content-Type": "application/json"},
+            **{name: own[name] for name in set(own) - set(self.secrets)})
         self.base_url = self.hide(urllib.parse.urlunsplit(parts))
         self.route = parts.path + "/chat/completions"
-        self.url = urllib.parse.urlunsplit(parts._replace(path=self.route))
+        parts = parts._replace(path=self.route)
+        self.url = urllib.parse.urlunsplit(parts)
         self.address = (host, parts.port or (443 if secure else 80))
+        self.place = ("[%s]:%d" if ":" in host else "%s:%d") % self.address
         self.context = _tls_context(ca_file) if secure else None
-        self.proxy, login = _proxy(parts, allow_http)
-        self.connect, self.hint, self.target = b"", "", self.url
-        name = ("[%s]:%d" if ":" in host else "%s:%d") % self.address
-        if self.proxy and secure:  # asked by a CONNECT; for http, by the whole URL
-            self.connect = ("CONNECT %s HTTP/1.1\r\nHost: %s\r\n%s\r\n" % (
-                name, name, login and "Proxy-Authorization: %s\r\n" % login)).encode()
+        self._go_through(*_proxy(parts, allow_http))
+
+    def _go_through(self, proxy: Optional[Tuple[str, int]], login: str) -> None:
+        """A proxy, if there is one: by a CONNECT for https; for http it gets the URL."""
+        parts = urllib.parse.urlsplit(self.url)
+        self.proxy, self.connect, self.hint = proxy, b"", ""
+        self.target = self.url  # that is asked for in the first line of each request
+        if proxy is None or self.context:
+            self.target = urllib.parse.urlunsplit(("", "") + parts[2:])
+        if proxy is None:
+            if os.environ.get("all_proxy") or os.environ.get("ALL_PROXY"):
+                self.hint = " (all_proxy is not used: name the proxy in https_proxy)"
+            return
+        if self.context:
+            self.connect = "CONNECT {0} HTTP/1.1\r\nHost: {0}\r\n{1}\r\n".format(
+                self.place, login and "Proxy-Authorization: %s\r\n" % login).encode()
         elif login:
-            secrets["Proxy-Authorization"] = login
-        if secure or not self.proxy:
-            self.target = self.route + ("?" + parts.query if parts.query else "")
-        self.place = "the proxy %s:%d" % self.proxy if self.proxy else name
-        if not self.proxy and (os.environ.get("all_proxy") or os.environ.get("ALL_PROXY")):
-            self.hint = " (all_proxy is not used: name the proxy in https_proxy)"
-        self.secrets = secrets
-        self.headers = dict({
-            "User-Agent": "cometlimit/" + __version__, "Accept": "application/json",
-            "Accept-Encoding": "identity", "Content-Type": "application/json"},
-            **{name.title(): value for name, value in own.items() if name not in secrets})
+            self.secrets["Proxy-Authorization"] = login
+        self.place = "the proxy %s:%d" % proxy
 
 
-def _check_numbers(**values: Any) -> None:
+def _check_options(client: Client) -> None:
     for name, least in (("max_concurrency", 1), ("max_retries", 0)):
-        if type(values[name]) is not int or values[name] < least:
+        value = getattr(client, name)
+        if type(value) is not int or value < least:
             raise ConfigurationError("%s is a whole number from %d, not %r" % (
-                name, least, values[name]))
-    for name, words in (("max_delay", "seconds"), ("timeout", "seconds"),
-                        ("deadline", "seconds"), ("max_rate", "requests a second")):
-        value = values[name]
+                name, least, value))
+    for name, unit in (("max_delay", "seconds"), ("timeout", "seconds"),
+                       ("deadline", "seconds"), ("max_rate", "requests a second")):
+        value = getattr(client, name)
         if value is None and name in ("deadline", "max_rate"):
             continue
         if type(value) not in (int, float) or not 0 < value < threading.TIMEOUT_MAX:
             raise ConfigurationError("%s is a number of %s above 0, not %r" % (
-                name, words, value))
-
-
-_is_secret = re.compile("(?i).*(auth|key|token|secret|cookie)").match
-
-
-def _checked_headers(headers: Dict[str, str]) -> Dict[str, str]:
-    for name, value in headers.items():
-        if not (isinstance(name, str) and re.match(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+\Z", name)
-                and isinstance(value, str) and re.match(r"[ -~]+\Z", value.strip())):
-            raise ConfigurationError(
-                "headers= has a name or a value that no header can have: %r" % (name,))
-        if name.lower() in ("host", "connection", "content-length", "transfer-encoding"):
-            raise ConfigurationError("the header %s cannot be set" % name)
-    return {name: value.strip() for name, value in headers.items()}
-
-
-def _key(given: Optional[str]) -> str:
-    key = os.environ.get("COMETAPI_KEY", "") if given is None else given
-    blank = " \t\r\n\ufeff\udcef\udcbb\udcbf"  # the last: what 3.6 may read for \ufeff
-    key = key.strip(blank) if isinstance(key, str) else ""
-    if not re.match(r"[!-~]*\Z", key):  # http.client would send some of these, or show the key
-        raise ConfigurationError("the API key has a character that no key has (a space, a line "
-                                 "break, a typographic quote): copy it again")
-    return key
-
-
-def _split_url(given: Optional[str], allow_http: bool,
-               hide: Callable[[str], str]) -> urllib.parse.SplitResult:
-    """The base URL's parts, its path without /chat/completions or a slash at the end."""
-    if given is None:
-        given = os.environ.get("COMETAPI_BASE_URL", "").strip() or BASE_URL
-    given = str(given).strip()
-    try:
-        parts = urllib.parse.urlsplit(given)
-        parts = parts._replace(path=re.sub(r"(/chat/completions)?/*\Z", "", parts.path))
-        host, port = parts.hostname or "", parts.port
-        host.encode("idna")  # fails for a part of more than 63 letters
-        problem = next((words for bad, words in (
-            (not re.match(r"[!-~]*\Z", given), "a character that no URL has"),
-            (parts.scheme not in ("http", "https"), "https:// is missing"),
-            (not host or port == 0, "no host or no port"),
-            ("@" in parts.netloc, "a user name (the key goes into COMETAPI_KEY)"),
-            ("#" in given, "a fragment"),
-            (parts.scheme == "http" and not (allow_http or _is_this_machine(host)),
-             "http:// would show the key on its way: say https://, or allow_http=True")
-        ) if bad), "")
-    except ValueError as fault:
-        problem = str(fault)
-    if problem:
-        raise ConfigurationError(hide("the base URL %r cannot be used: %s" % (
-            re.sub("//.*@", "//***@", given), problem)))
-    return parts
-
-
-_is_this_machine = re.compile(r"(localhost|127(\.\d{1,3}){3}|0\.0\.0\.0|::1?)$").match
-
-
-def _tls_context(ca_file: Optional[str]) -> Any:
-    if ssl is None:
-        raise ConfigurationError("https needs an interpreter with the ssl module")
-    name = "ca_file" if ca_file else next(
-        filter(os.environ.get, ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")), "the system")
-    extra = ca_file or os.environ.get(name)
-    try:
-        context = ssl.create_default_context()
-        context.set_alpn_protocols(["http/1.1"])
-        if hasattr(ssl, "TLSVersion"):  # before 3.7, and until 3.9 by default, anything goes
-            context.minimum_version = max(context.minimum_version, ssl.TLSVersion.TLSv1_2)
-        else:
-            context.options |= ssl.OP_NO_TLSv1 | ssl.OP_NO_TLSv1_1
-        if extra:
-            context.load_verify_locations(
-                **{"capath" if os.path.isdir(extra) else "cafile": extra})
-        return context
-    except (OSError, ValueError, TypeError) as fault:
-        raise ConfigurationError("the CA certificates of %s (%r) cannot be loaded: %s" % (
-            name, extra, fault)) from None
-
-
-def _proxy(server: urllib.parse.SplitResult,
-           allow_http: bool) -> Tuple[Optional[Tuple[str, int]], str]:
-    """The proxy that the environment has for a URL, and the login that it wants."""
-    named = urllib.request.getproxies().get(server.scheme)
-    if not named or urllib.request.proxy_bypass(server.netloc):
-        return None, ""
-    try:
-        parts = urllib.parse.urlsplit(named if "://" in named else "http://" + named)
-        host, port = parts.hostname or "", parts.port or 80
-    except ValueError:
-        host = ""
-    if not host or parts.scheme != "http":
-        raise ConfigurationError("the proxy of %s_proxy cannot be used: only http://host:port "
-                                 "can" % server.scheme)
-    if server.scheme == "http" and not (allow_http or _is_this_machine(host)):
-        return None, ""  # no other machine shall see the key
-    if not parts.username:
-        return (host, port), ""
-    login = "%s:%s" % (parts.username, parts.password or "")
-    return (host, port), "Basic " + binascii.b2a_base64(
-        urllib.parse.unquote_to_bytes(os.fsencode(login)), newline=False).decode()
+                name, unit, value))
+    for name in ("check", "on_record"):
+        if not (getattr(client, name) is None or callable(getattr(client, name))):
+            raise ConfigurationError("%s is a function, not %r" % (
+                name, getattr(client, name)))
+    if client.stream not in (None, True, False):
+        raise ConfigurationError("stream is None, True or False")
 
 
 def _payload(prompt: Prompt, params: Dict[str, Any]) -> Tuple[str, bytes]:
@@ -1769,13 +1953,113 @@ def _payload(prompt: Prompt, params: Dict[str, Any]) -> Tuple[str, bytes]:
         raise ConfigurationError('no model is named: Client(model="your-model-id")')
     if body.get("stream", True) in (False, None):
         del body["stream"]
-    for name in sorted(_RESERVED & set(body)):
-        raise ConfigurationError("%s is no field of a request: it is an option of Client" % (
-            name if name in _OPTIONS else "stream, with its options,"))
+    for name in sorted(set(body) & (_OPTIONS | {"stream_options"}) - {"model"}):
+        raise ConfigurationError("%s is no field of a request: see Client(%s=)" % (
+            name, name[:6] if name == "stream_options" else name))
     try:
         return model, _encode(body).encode()
     except (TypeError, ValueError, RecursionError) as fault:
-        raise ConfigurationError("the request cannot be made JSON: %s" % fault) from None
+        raise ConfigurationError("the request is no JSON: %s" % fault) from None
+
+
+_is_secret = re.compile("(?i).*(auth|key|token|secret|cookie)").match
+
+
+def _headers(headers: Dict[str, str]) -> Dict[str, str]:
+    """Headers of the caller's own, by their names as Authorization or Api-Key."""
+    for name, value in headers.items():
+        if not (isinstance(name, str) and re.match(r"[!#-'*+.^_`|~0-9A-Za-z-]+\Z", name)
+                and isinstance(value, str) and re.match(r"[ -~]*[!-~][ -~]*\Z", value)):
+            raise ConfigurationError(
+                "headers= has a name or a value that no header can have: %r" % (name,))
+        if name.title() in ("Host", "Connection", "Content-Length", "Transfer-Encoding"):
+            raise ConfigurationError("the header %s cannot be set" % name)
+    return {name.title(): value.strip() for name, value in headers.items()}
+
+
+def _key(given: Optional[str]) -> str:
+    key = os.environ.get("COMETAPI_KEY", "") if given is None else given
+    blank = " \t\r\n\ufeff\udcef\udcbb\udcbf"  # the last: what 3.6 may read for \ufeff
+    key = key.strip(blank) if isinstance(key, str) else ""
+    if not re.match(r"[!-~]*\Z", key):  # http.client would send some, and show others
+        raise ConfigurationError(
+            "the API key has a character that no key has (a space, a line break, a "
+            "typographic quote): copy it again")
+    return key
+
+
+def _split_url(given: Optional[str], allow_http: bool,
+               hide: Callable[[str], str]) -> urllib.parse.SplitResult:
+    """The base URL's parts, its path without /chat/completions or a last slash."""
+    if given is None:
+        given = os.environ.get("COMETAPI_BASE_URL", "").strip() or BASE_URL
+    given = str(given).strip()
+    try:
+        parts = urllib.parse.urlsplit(given)
+        host, port = parts.hostname or "", parts.port
+        host.encode("idna")  # fails for a part of more than 63 letters
+        problem = next((words for bad, words in (
+            (not re.match(r"[!-~]*\Z", given), "a character that no URL has"),
+            (parts.scheme not in ("http", "https"), "https:// is missing"),
+            (not host or port == 0, "no host or no port"),
+            ("@" in parts.netloc, "a user name (the key goes into COMETAPI_KEY)"),
+            ("#" in given, "a fragment"),
+            (parts.scheme == "http" and not (allow_http or _is_this_machine(host)),
+             "http:// shows the key to others: say https://, or allow_http=True")
+        ) if bad), "")
+    except ValueError as fault:
+        problem = str(fault)
+    if problem:
+        raise ConfigurationError(hide("the base URL %r cannot be used: %s" % (
+            re.sub("//.*@", "//***@", given), problem)))
+    return parts._replace(path=re.sub(r"(/chat/completions)?/*\Z", "", parts.path))
+
+
+_is_this_machine = re.compile(r"(localhost|127(\.\d{1,3}){3}|0\.0\.0\.0|::1?)$").match
+
+
+def _tls_context(ca_file: Optional[str]) -> Any:
+    if ssl is None:
+        raise ConfigurationError("https needs an interpreter with the ssl module")
+    name = "ca_file" if ca_file else next(
+        filter(os.environ.get, ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")), "the system")
+    extra = ca_file or os.environ.get(name)
+    try:
+        context = ssl.create_default_context()
+        context.set_alpn_protocols(["http/1.1"])
+        if hasattr(ssl, "TLSVersion"):  # before 3.7, and until 3.9 by default, any goes
+            context.minimum_version = max(
+                context.minimum_version, ssl.TLSVersion.TLSv1_2)
+        else:
+            context.options |= ssl.OP_NO_TLSv1 | ssl.OP_NO_TLSv1_1
+        if extra:
+            context.load_verify_locations(
+                **{"capath" if os.path.isdir(extra) else "cafile": extra})
+        return context
+    except (OSError, ValueError, TypeError) as fault:
+        raise ConfigurationError("the CA certificates of %s (%r) cannot be loaded: %s"
+                                 % (name, extra, fault)) from None
+
+
+def _proxy(server: urllib.parse.SplitResult,
+           allow_http: bool) -> Tuple[Optional[Tuple[str, int]], str]:
+    """The proxy that the environment has for a URL, and the login that it wants."""
+    named = urllib.request.getproxies().get(server.scheme)
+    if not named or urllib.request.proxy_bypass(server.netloc):
+        return None, ""
+    try:
+        parts = urllib.parse.urlsplit(named if "://" in named else "http://" + named)
+        host, port = parts.hostname or "", parts.port or 80
+    except ValueError:
+        host = ""
+    if not host or parts.scheme != "http":
+        raise ConfigurationError("the proxy of %s_proxy cannot be used: only "
+                                 "http://host:port can" % server.scheme)
+    if server.scheme == "http" and not (allow_http or _is_this_machine(host)):
+        return None, ""  # no other machine shall see the key
+    login = "%s:%s" % (parts.username, parts.password or "")
+    return (host, port), parts.username and "Basic " + binascii.b2a_base64(
+        urllib.parse.unquote_to_bytes(os.fsencode(login)), newline=False).decode() or ""
 
 
 # The command line
@@ -2390,7 +2674,7 @@ class _Job:
         row = self.calls.pop(call)
         outcome: Any = call.exception() or call.result()
         if self.reason and isinstance(outcome, Error) and (
-                outcome.retryable or outcome.code == _CANCELLED):
+                outcome.retryable or outcome.code == "cancelled"):
             return  # left to the next run
         self.room.release()
         self._stop(self.tally.count(row, outcome))

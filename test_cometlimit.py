@@ -36,8 +36,10 @@ import tracemalloc
 import types
 import unittest
 import unittest.mock
+import urllib.parse
 import urllib.request
 import warnings
+import weakref
 
 import cometlimit
 
@@ -46,6 +48,7 @@ FOLDER = os.path.dirname(os.path.abspath(cometlimit.__file__))
 PROGRAM = [sys.executable, "-X", "dev", "-W", "error", "-m", "cometlimit"]
 BOM = b"\xef\xbb\xbf"
 KEY = "sk-Secret/Key<&>0123456789"
+THROTTLE = cometlimit.Throttle
 
 
 # The scripted server: every test is written in its words
@@ -393,6 +396,19 @@ class Case(unittest.TestCase):
                 thread.join(max(0.0, end - time.monotonic()))
                 self.assertFalse(thread.is_alive(), "a thread is left")
 
+    def throttle(self, base=THROTTLE, **methods):
+        """Replace Throttle by one with these methods."""
+        patch = unittest.mock.patch.object(cometlimit, "Throttle", type("Own", (base,), methods))
+        patch.start()
+        self.addCleanup(patch.stop)
+
+    def until(self, holds, pause=lambda: time.sleep(0.001)):
+        """Return as soon as something holds."""
+        end = time.monotonic() + TIMEOUT
+        while not holds():
+            self.assertLess(time.monotonic(), end)
+            pause()
+
     def client(self, server, **options):
         client = cometlimit.Client(**dict(dict(
             api_key=KEY, base_url=server.url, model="m", max_concurrency=1), **options))
@@ -445,12 +461,10 @@ class Names(Case):
         tree = {"ConfigurationError": "Error", "APIConnectionError": "Error",
                 "APITimeoutError": "APIConnectionError", "APIStatusError": "Error",
                 "RateLimitError": "APIStatusError", "APIResponseError": "Error"}
-        names = set(tree) | {"Client", "Completion", "Error", "Record", "Throttle", "ask_all",
-                             "backoff"}
-        self.assertLessEqual(names, set(cometlimit.__all__))
+        self.assertEqual(set(cometlimit.__all__), set(tree) | set(
+            "Client Completion Error Metrics Record Throttle ask_all backoff main".split()))
         for name in cometlimit.__all__:
-            with self.subTest(name=name):
-                self.assertTrue(inspect.getdoc(getattr(cometlimit, name)))
+            self.assertTrue(inspect.getdoc(getattr(cometlimit, name)), name)
         for name, base in tree.items():
             self.assertIn(getattr(cometlimit, base), getattr(cometlimit, name).__bases__)
         self.assertTrue(issubclass(cometlimit.ConfigurationError, ValueError))
@@ -460,71 +474,85 @@ class Names(Case):
         """Signatures and fields are exactly those of the design."""
         client, empty = cometlimit.Client, inspect.Parameter.empty
         self.assertEqual(parameters(client), dict(
-            api_key=None, base_url=None, model=None, max_concurrency=5, max_retries=4,
-            max_delay=30.0, timeout=600.0, deadline=None, ca_file=None, on_record=None))
+            api_key=None, base_url=None, model=None, max_concurrency=5, max_rate=None,
+            max_retries=4, max_delay=30.0, timeout=600.0, deadline=None, stream=None, check=None,
+            headers=None, ca_file=None, allow_http=False, on_record=None))
         self.assertTrue(all(value.kind is value.KEYWORD_ONLY for value in
                             inspect.signature(client).parameters.values()))
-        for method in (client.ask, client.complete, client.submit):
+        for method in (client.ask, client.complete):
             self.assertEqual(parameters(method), dict(prompt=empty, params=empty))
-        self.assertEqual(parameters(client.map), dict(
-            prompts=empty, return_exceptions=False, params=empty))
-        self.assertEqual(parameters(cometlimit.ask_all), dict(prompts=empty, client_options=empty))
-        back = parameters(cometlimit.backoff)
-        self.assertTrue(callable(back.pop("random")))
-        self.assertEqual(back, dict(attempt=empty, retry_after=None, max_delay=30.0))
+        self.assertEqual(parameters(client.submit), dict(prompt=empty, tag=None, params=empty))
+        for function, rest in ((client.map, "params"), (cometlimit.ask_all, "options_and_params")):
+            self.assertEqual(parameters(function), {
+                "prompts": empty, "return_exceptions": False, rest: empty})
+        self.assertEqual(list(parameters(cometlimit.backoff).items())[:3], [
+            ("attempt", empty), ("retry_after", None), ("max_delay", 30.0)])
         self.assertEqual(list(parameters(cometlimit.Throttle)), ["max_delay", "random"])
         self.assertEqual(" ".join(cometlimit.Completion._fields), "text model finish_reason usage"
                          " request_id attempts latency body")
         self.assertEqual(" ".join(cometlimit.Record._fields), "time route model status latency"
-                         " attempt waited request_id error prompt_tokens completion_tokens")
+                         " attempt waited request_id error prompt_tokens completion_tokens tag")
 
     def test_cost_nothing_to_import(self):
-        """Importing opens nothing, starts nothing and reads no environment."""
-        self.python("import os, random, ssl, urllib.request, http.client, email.utils, threading,"
-                    " socket, concurrent.futures, logging, builtins\n"
-                    "os.environ = socket.socket = None\nimport cometlimit\n"
-                    "assert threading.active_count() == 1")
-
-    def python(self, source):
-        subprocess.run([sys.executable, "-c", source], check=True, timeout=TIMEOUT,
-                       cwd=os.path.dirname(os.path.abspath(cometlimit.__file__)))
+        """Importing opens nothing, starts nothing, and reads no environment."""
+        subprocess.run([sys.executable, "-c", """if True:
+            import builtins, io, logging, os, signal, socket, subprocess, sys, threading
+            import cometlimit   # and all that it needs, which may do what it wants
+            del sys.modules["cometlimit"]
+            def never(*args, **named):
+                raise SystemExit("the import did something with %r" % (args,))
+            builtins.open = io.open = os.open = os.getenv = signal.signal = never
+            socket.socket = socket.create_connection = socket.getaddrinfo = never
+            threading.Thread.start = subprocess.Popen = never
+            os.environ = None
+            import cometlimit
+            assert not logging.getLogger("cometlimit").handlers + logging.getLogger().handlers
+            """], check=True, timeout=TIMEOUT, cwd=FOLDER)
 
 
 class Values(Case):
     """Completions, Records, Metrics and Errors travel between processes."""
 
     def test_survive_pickle_and_copy(self):
-        """Every value and every error comes back equal, its details included."""
+        """Every value comes back equal. An error has all its details as attributes of its own:
+        some who hand it on (Ray) leave out what stands in its class."""
         script = {cometlimit.RateLimitError: failure("busy", 429),
                   cometlimit.APIStatusError: failure("bad", 400),
                   cometlimit.APIResponseError: failure("bad", 200),
-                  cometlimit.APIConnectionError: hang_up(),
-                  cometlimit.APITimeoutError: stall()}
+                  cometlimit.APIConnectionError: hang_up(), cometlimit.APITimeoutError: stall()}
         values = [self.outcome(line, max_retries=0, timeout=0.1) for line in script.values()]
         self.assertEqual([type(value) for value in values], list(script))
         values += [cometlimit.Error("e", attempts=2), cometlimit.ConfigurationError("c")]
-        with Server(reply("yes")) as server, self.client(server) as client:
-            done = client.complete("Hi")
-            metrics = client.metrics
-        values += [done, values[0].records[0], metrics]
         for value in values:
+            self.assertEqual(set(vars(value)), set(
+                "attempts records retryable retry_after status_code request_id code type param "
+                "message body".split()))
+        with Server(reply("yes")) as server, self.client(server) as client:
+            values += [client.complete("Hi"), values[0].records[0], client.metrics]
+        for value in values:
+            def state(value):
+                return str(value), vars(value) if isinstance(value, cometlimit.Error) else (
+                    {key: vars(stats) for key, stats in value.items()}
+                    if isinstance(value, dict) else value)
             for again in [pickle.loads(pickle.dumps(value, protocol)) for protocol in range(5)] + [
                     copy.copy(value), copy.deepcopy(value)]:
                 with self.subTest(value=value):
                     self.assertIs(type(again), type(value))
-                    if isinstance(value, cometlimit.Error):
-                        self.assertEqual((str(again), vars(again)), (str(value), vars(value)))
-                    elif value is metrics:
-                        self.assertEqual({key: vars(stats) for key, stats in again.items()},
-                                         {key: vars(stats) for key, stats in value.items()})
-                    else:
-                        self.assertEqual(again, value)
+                    self.assertEqual(state(again), state(value))
+        with self.assertRaisesRegex(TypeError, "make one in each process"):
+            pickle.dumps(client)
 
-    def test_do_not_include_the_client(self):
-        """A Client refuses to be pickled and says what to do."""
-        with Server() as server, self.client(server) as client:
-            with self.assertRaisesRegex(TypeError, "make one in each process"):
-                pickle.dumps(client)
+    def test_are_freed_without_the_garbage_collector(self):
+        """Nothing refers to a Future, or so to its outcome, once its callbacks have run."""
+        gc.disable()
+        self.addCleanup(gc.enable)
+        with Server(forever=lambda request: status(int(request.prompt))) as server:
+            with self.client(server) as client:
+                futures = [client.submit(code) for code in ("400", "200")]
+                self.assertTrue(all(future.exception(TIMEOUT) for future in futures))
+                left = [weakref.ref(future) for future in futures]
+                del futures
+                self.until(lambda: not any(future() for future in left))
 
 
 class OneQuestion(Case):
@@ -543,16 +571,20 @@ class OneQuestion(Case):
                     "user-agent": "cometlimit/" + cometlimit.__version__}
         self.assertEqual({name: request.headers[name] for name in expected}, expected)
 
-    def test_may_be_a_conversation(self):
-        """A list of messages goes out as it is."""
+    def test_may_be_a_conversation_or_a_body(self):
+        """Messages go out as they are; the fields of a dict win over parameters and options."""
         talk = [{"role": "system", "content": "Be brief."},
                 {"role": "user", "content": [{"type": "text", "text": "Hi"}]}]
-        with Server(reply("yes")) as server, self.client(server) as client:
+        body = {"messages": talk, "model": "own", "temperature": 1}
+        with Server(*[reply("yes")] * 3) as server, self.client(server) as client:
             client.ask(talk)
-        self.assertEqual(server.requests[0].body["messages"], talk)
+            client.ask(body, model="n", temperature=0, seed=7, stream=False)
+            list(client.map([body], seed=8))
+        self.assertEqual([request.body for request in server.requests], [
+            {"messages": talk, "model": "m"}, dict(body, seed=7), dict(body, seed=8)])
 
     def test_is_answered_by_a_completion(self):
-        """A Completion holds what the answer said, and what it took."""
+        """It holds what the answer said and took; without content it has an empty text."""
         def slow(request):
             self.now += 2.5
             return reply("yes", {"x-cometapi-request-id": "r1"}, id="c1")
@@ -560,85 +592,140 @@ class OneQuestion(Case):
         self.assertEqual(done[:-1], ("yes", "m-2024", "stop", {
             "prompt_tokens": 2, "completion_tokens": 3}, "r1", 2, 2.5))
         self.assertEqual(done.body["id"], "c1")
-
-    def test_has_an_empty_text_where_the_model_calls_a_tool(self):
-        """Content that is null, missing or in parts is no failure."""
-        for message, text in (({"content": None, "tool_calls": [{}]}, ""), ({}, ""),
-                              ({"content": [{"type": "text", "text": "a"}, {"text": "b"}]}, "ab")):
-            with self.subTest(message=message):
-                done = self.outcome(reply("", choices=[{"message": message,
-                                                        "finish_reason": "length"}]))
-                self.assertEqual((done.text, done.finish_reason), (text, "length"))
-
-    def test_takes_key_and_address_from_the_environment(self):
-        """White space and a byte order mark around them do not matter."""
-        with Server(reply("yes"), reply("a"), reply("b")) as server:
-            mark = "" if sys.getfilesystemencoding() == "ascii" else "\ufeff"  # 3.6, LC_ALL=C
-            os.environ["COMETAPI_KEY"] = mark + " %s\r\n" % KEY
-            os.environ["COMETAPI_BASE_URL"] = " %s/ \n" % server.url
-            with cometlimit.Client(model="m") as client:
-                self.assertEqual(client.ask("Hi"), "yes")
-            self.assertEqual(sorted(cometlimit.ask_all(["1", "2"], model="m")), ["a", "b"])
-            self.assertEqual(server.requests[0].headers["authorization"], "Bearer " + KEY)
-        del os.environ["COMETAPI_BASE_URL"]
-        self.assertEqual(repr(cometlimit.Client(model="m")), "<cometlimit.Client "
-                         "https://api.cometapi.com/v1/chat/completions model='m'>")
-
-    def test_keeps_the_connection(self):
-        """One worker needs one connection, after failures too."""
-        with Server(reply("a"), status(503, "busy"), reply("b"), reply("c")) as server:
-            with self.client(server) as client:
-                self.assertEqual([client.ask("Hi") for _ in range(3)], ["a", "b", "c"])
-            self.assertEqual(server.connections, 1)
+        for message in ({"content": None, "tool_calls": [{}]}, {}):
+            done = self.outcome(reply("", choices=[{"message": message, "finish_reason": "x"}]))
+            self.assertEqual((done.text, done.finish_reason), ("", "x"))
 
     def test_does_without_a_kept_connection(self):
-        """A server that closes, announced or not, costs no attempt."""
-        close = {"Connection": "close"}
-        for line in (close_idle(reply("a", close)), close_idle(reply("a")),
-                     raw(b'HTTP/1.0 200 OK\r\n\r\n{"choices": [{"message": {"content": "a"}}]}')):
-            with self.subTest(), Server(line, reply("b")) as server:
+        """A connection is kept; that a server closes it, announced or not, costs no attempt."""
+        for count, line in (
+                (1, reply("a")), (2, close_idle(reply("a", {"Connection": "close"}))),
+                (2, close_idle(reply("a"))), (2, raw(
+                    b'HTTP/1.0 200 OK\r\n\r\n{"choices": [{"message": {"content": "a"}}]}'))):
+            with self.subTest(count=count), Server(line, reply("b")) as server:
                 with self.client(server, max_retries=0) as client:
                     self.assertEqual([client.ask("Hi"), client.ask("Hi")], ["a", "b"])
-                self.assertEqual(server.connections, 2)
+                self.assertEqual(server.connections, count)
 
     def test_is_sent_again_on_a_kept_connection_that_died(self):
-        """Once, as the same attempt; a second hang-up counts."""
-        with Server(reply("a"), hang_up(), reply("b")) as server, self.client(server) as client:
-            client.ask("Hi")
-            self.assertEqual(client.complete("Hi").attempts, 1)
-        with Server(reply("a"), reset(), hang_up()) as server:
-            with self.client(server, max_retries=0) as client:
-                client.ask("Hi")
-                with self.assertRaises(cometlimit.APIConnectionError) as caught:
-                    client.ask("Hi")
-        self.assertEqual(caught.exception.attempts, 1)
+        """Once, as the same attempt, with a Record of its own: the server may charge for both. A
+        second hang-up counts."""
+        with Server(reply("a"), hang_up(), reply("b"), reset(), hang_up()) as server:
+            records = []
+            with self.client(server, max_retries=0, on_record=records.append) as client:
+                self.assertEqual([client.complete("Hi").attempts for _ in "ab"], [1, 1])
+                error = client.submit("Hi").exception(TIMEOUT)
+        self.assertEqual([(record.status, record.attempt, record.error) for record in records], [
+            (200, 1, None), (None, 1, "connection_error"), (200, 1, None),
+            (None, 1, "connection_error"), (None, 1, "connection_error")])
+        self.assertEqual((error.attempts, error.records), (1, tuple(records[3:])))
 
     def test_may_be_awaited(self):
-        """submit's Future is one for asyncio.wrap_future."""
-        loop = asyncio.new_event_loop()
-        try:
-            with Server(reply("yes")) as server, self.client(server) as client:
-                future = client.submit("Hi")
-                self.assertIsInstance(future, concurrent.futures.Future)
-                done = loop.run_until_complete(asyncio.wrap_future(future, loop=loop))
-        finally:
-            loop.close()
-        self.assertEqual(done.text, "yes")
+        """submit's Future is one for asyncio; where wait_for() gives up, the request is hung up
+        on at once."""
+        self.real_time()
+        loop, gone, records = asyncio.new_event_loop(), threading.Event(), []
+        self.addCleanup(loop.close)
 
-    def test_can_be_cancelled_until_it_is_sent(self):
-        """A cancelled prompt is not sent, and nobody waits for it in vain."""
-        gate = threading.Event()
+        async def ask(seconds):
+            return await asyncio.wait_for(asyncio.wrap_future(client.submit("Hi")), seconds)
+        with Server(reply("yes"), stall(gone), reply("next")) as server:
+            with self.client(server, on_record=records.append) as client:
+                self.assertEqual(loop.run_until_complete(ask(TIMEOUT)).text, "yes")
+                with self.assertRaises(asyncio.TimeoutError):
+                    loop.run_until_complete(ask(0.1))
+                self.assertTrue(gone.wait(TIMEOUT))
+                self.assertEqual(client.submit("Hi").result(TIMEOUT).text, "next")
+        self.assertEqual([(record.status, record.attempt) for record in records],
+                         [(200, 1), (None, 1), (200, 1)])
+
+    def test_can_be_cancelled_until_its_outcome_is_there(self):
+        """In the line it is not sent, nor at the last moment; nobody waits for it in vain."""
+        gate, ran, late = threading.Event(), [], []
 
         def first(request):
             gate.wait(TIMEOUT)
             return reply("a")
-        with Server(first, reply("b")) as server:
-            with self.client(server) as client:
-                calls = [client.submit(prompt) for prompt in "abc"]
-                server.await_requests(1)
-                self.assertEqual([calls[0].cancel(), calls[1].cancel()], [False, True])
-                gate.set()
-            self.assertEqual([calls[0].result().text, calls[2].result().text], ["a", "b"])
+
+        def leave(*args, **named):
+            self.until(lambda: late)
+            late[0].cancel()
+            return leaves(*args, **named)
+        leaves = urllib.request.OpenerDirector.open
+        with Server(first, reply("b")) as server, self.client(server) as client:
+            calls = [client.submit("a")]
+            server.await_requests(1)
+            calls += [client.submit("x"), client.submit("b")]
+            calls[1].add_done_callback(ran.append)
+            self.assertEqual([calls[1].cancel(), calls[1].cancel()], [True, True])
+            self.assertEqual((ran, calls[1].running()), ([calls[1]], False))
+            gate.set()
+            self.assertEqual([calls[at].result(TIMEOUT).text for at in (0, 2)], ["a", "b"])
+            self.assertFalse(calls[0].cancel())
+            with unittest.mock.patch("urllib.request.OpenerDirector.open", leave):
+                late.append(client.submit("late"))
+                client.__exit__(None, None, None)
+        self.assertEqual([request.prompt for request in server.requests], ["a", "b"])
+
+
+class AnEndpoint(Case):
+    """Where requests go, and what is said there besides the body."""
+
+    def test_may_come_from_the_environment(self):
+        """White space and a byte order mark (even as 3.6 reads it in the C locale) do no harm."""
+        mark = "" if sys.getfilesystemencoding() == "ascii" else "\ufeff"  # 3.6, LC_ALL=C
+        with Server(forever=reply_echo) as server:
+            os.environ["COMETAPI_KEY"] = mark + " %s\r\n" % KEY
+            os.environ["COMETAPI_BASE_URL"] = " %s/ \n" % server.url
+            self.assertEqual(cometlimit.ask_all(["1", "2"], model="m"), ["1", "2"])
+            for before, after in ((" \ufeff", "\r\n"), ("\udcef\udcbb\udcbf", " \n")):
+                self.client(server, api_key=before + KEY + after).ask("Hi")
+        self.assertEqual([request.headers["authorization"] for request in server.requests],
+                         ["Bearer " + KEY] * 4)
+        del os.environ["COMETAPI_BASE_URL"]
+        self.assertEqual(repr(cometlimit.Client(model="m")),
+                         "<cometlimit.Client https://api.cometapi.com/v1 model='m'>")
+
+    def test_may_have_a_query_and_headers(self):
+        """They travel with each attempt, as Azure's ?api-version= has to. Headers win over ours; a
+        login among them needs no key."""
+        own = {"authorization": "Basic " + KEY, "X-Team": " a ", "user-agent": "me/1"}
+        with Server(status(503), reply("yes"), reply("yes")) as server:
+            url = server.url + "/?api-version=1"
+            self.client(server, headers=own, base_url=url).ask("Hi")
+            self.client(server, headers={"Api-Key": KEY}, base_url=url, api_key=None).ask("Hi")
+        for request in server.requests:
+            self.assertEqual(request.path, "/v1/chat/completions?api-version=1")
+        for request in server.requests[:2]:
+            self.assertEqual({name: request.headers[name.lower()] for name in own},
+                             {name: value.strip() for name, value in own.items()})
+        self.assertEqual(server.requests[2].headers["api-key"], KEY)
+        self.assertNotIn("authorization", server.requests[2].headers)
+        for name in ("Authorization", "api-key"):
+            cometlimit.Client(base_url="https://h/v1", headers={name: "x"})
+        with self.assertRaisesRegex(cometlimit.ConfigurationError, "no API key"):
+            cometlimit.Client(base_url="https://h/v1", headers={"X-Team": "x"})
+
+    def test_hides_what_its_headers_keep_secret(self):
+        """As it hides the key, in whatever a server says."""
+        secret = "hush-hush-0123"
+        for name, value in (("Authorization", "Basic " + secret), ("X-Auth-Token", secret),
+                            ("Cookie", secret), ("x-client-secret", secret)):
+            error = self.outcome(failure("bad " + secret, 400, message="no " + secret),
+                                 headers={name: value})
+            self.assertEqual(error.status_code, 400)
+            self.assertNotIn(secret, str(error) + repr(vars(error)), name)
+
+    def test_needs_no_key_over_http(self):
+        """Which goes to this machine or, with allow_http=True, to any other."""
+        with Server(reply("yes"), reply("yes")) as server:
+            for host in ("127.0.0.1", "0.0.0.0"):
+                url = server.url.replace("127.0.0.1", host)
+                self.client(server, api_key=None, base_url=url).ask("Hi")
+        for request in server.requests:
+            self.assertNotIn("authorization", request.headers)
+        url = "http://gpu7:8000/v1"
+        self.assertEqual(cometlimit.Client(base_url=url, allow_http=True).base_url, url)
 
 
 class ManyQuestions(Case):
@@ -646,6 +733,7 @@ class ManyQuestions(Case):
 
     def test_are_answered_in_order(self):
         """Whatever fails or overtakes, the answers come in the prompts' order."""
+        self.fast_clock()
         failed = set()
 
         def line(request):
@@ -658,17 +746,28 @@ class ManyQuestions(Case):
         with Server(forever=line) as server, self.client(server, max_concurrency=4) as client:
             self.assertEqual([done.text for done in client.map(prompts)], prompts)
         self.assertEqual(len(server.requests), 80)
+
+    def test_may_be_asked_in_one_line(self):
+        """ask_all takes a Client's options, and hands all else on; failures may be values."""
+        def line(request):
+            return status(400) if request.prompt == "bad" else reply_echo(request)
         with Server(forever=line) as server:
-            self.assertEqual(cometlimit.ask_all(prompts, api_key=KEY, base_url=server.url,
-                                                model="m"), prompts)
+            options = dict(api_key=KEY, base_url=server.url, model="m", max_concurrency=1)
+            self.assertEqual(cometlimit.ask_all(iter("ab"), temperature=0, **options), ["a", "b"])
+            self.assertEqual(set(server.requests[0].body), {"model", "temperature", "messages"})
+            got = cometlimit.ask_all(["a", "bad", 5], return_exceptions=True, **options)
+            self.assertEqual([getattr(one, "status_code", one) for one in got], ["a", 400, None])
+            with self.assertRaises(cometlimit.APIStatusError):
+                cometlimit.ask_all(["bad", "a"], **options)
 
     def test_are_never_more_than_max_concurrency_at_once(self):
         """The server never sees one more in flight, retries included."""
+        self.fast_clock()
         for bound in (1, 3):
             gate, failed = threading.Barrier(bound), set()
 
             def line(request):
-                if gate is not None and len(server.requests) <= bound:
+                if len(server.requests) <= bound:
                     gate.wait(TIMEOUT)   # all of them are here
                     time.sleep(0.05)     # room for one too many
                 if request.prompt in failed:
@@ -682,32 +781,24 @@ class ManyQuestions(Case):
                 self.assertEqual(server.peak, bound)
 
     def test_may_be_endless(self):
-        """Of an endless source only 16 x max_concurrency prompts are taken ahead."""
+        """Of an endless source only 16 x max_concurrency prompts are taken ahead, and an answer
+        whose turn it is does not wait for another prompt."""
         taken = []
-        source = (taken.append(number) or str(number) for number in itertools.count())
+
+        def source():
+            for number in itertools.count():
+                if number == 4:
+                    server.await_requests(4)  # so the first answer is there
+                taken.append(number)
+                yield str(number)
         with Server(forever=reply_echo) as server:
             with self.client(server, max_concurrency=2) as client:
-                answers = client.map(source)
+                answers = client.map(source())
                 self.assertEqual(taken, [])
                 for number in range(50):
                     self.assertEqual(next(answers).text, str(number))
-                    self.assertLessEqual(len(taken), number + 1 + 32)
+                    self.assertLessEqual(len(taken), number + 1 + (32 if number else 8))
                 answers.close()
-
-    def test_yield_an_answer_before_they_take_another_prompt(self):
-        """An answer whose turn it is does not wait for the source."""
-        def source():
-            yield "0"
-            yield "1"
-            server.await_requests(2)  # so the first answer is there
-            yield "2"
-            early.append("3")
-        early = []
-        with Server(forever=reply_echo) as server, self.client(server) as client:
-            answers = client.map(source())
-            self.assertEqual(next(answers).text, "0")
-            self.assertEqual(early, [])
-            answers.close()
 
     def test_stop_when_their_loop_is_left(self):
         """Nothing more is sent, what is in flight is hung up on, and the client lives on."""
@@ -728,42 +819,26 @@ class ManyQuestions(Case):
             self.assertEqual({request.prompt for request in server.requests} - {"3"},  # no more
                              {"0", "1", "2", "after"})
 
-    def test_raise_a_failure_in_its_turn(self):
-        """The answers before it come; with return_exceptions it is a value among them."""
+    def test_fail_each_in_its_turn(self):
+        """The answers before a failure come; with return_exceptions it is a value among them. What
+        the source raises comes after the answers before it, and never as a value."""
         def line(request):
             return status(400) if request.prompt == "2" else reply_echo(request)
-        for values in (False, True):
+
+        def source():
+            yield from ["0", "1", "2", [], 5, "4"]
+            raise KeyError("disk")
+        bad = cometlimit.ConfigurationError
+        for values, expected, last in (
+                (False, ["0", "1"], cometlimit.APIStatusError),
+                (True, ["0", "1", cometlimit.APIStatusError, bad, bad, "4"], KeyError)):
             with self.subTest(return_exceptions=values), Server(forever=line) as server:
                 with self.client(server, max_concurrency=3) as client:
                     got = []
-                    with contextlib.suppress(cometlimit.APIStatusError):
-                        for done in client.map(list("0123"), return_exceptions=values):
-                            got.append(getattr(done, "text", type(done)))
-            self.assertEqual(got, ["0", "1"] + [cometlimit.APIStatusError, "3"] * values)
-
-    def test_survive_a_bad_prompt_among_them(self):
-        """A prompt that cannot work fails in its turn, and the others are answered."""
-        with Server(forever=reply_echo) as server, self.client(server) as client:
-            got = list(client.map(["0", 1, "2", [], "4"], return_exceptions=True))
-        self.assertEqual([getattr(done, "text", type(done)) for done in got], [
-            "0", cometlimit.ConfigurationError, "2", cometlimit.ConfigurationError, "4"])
-
-    def test_survive_a_source_that_raises(self):
-        """The answers before it come, then the source's own exception, never as a value."""
-        def source():
-            yield "0"
-            yield "1"
-            raise KeyError("disk")
-        for values in (False, True):
-            with self.subTest(return_exceptions=values), Server(forever=reply_echo) as server:
-                with self.client(server) as client:
-                    with self.assertRaises(cometlimit.ConfigurationError):
-                        list(client.map([5]))
-                    got = []
-                    with self.assertRaisesRegex(KeyError, "disk"):
+                    with self.assertRaises(last):
                         for done in client.map(source(), return_exceptions=values):
-                            got.append(done.text)
-                self.assertEqual(got, ["0", "1"])
+                            got.append(getattr(done, "text", type(done)))
+            self.assertEqual(got, expected)
 
     def test_take_constant_memory(self):
         """What has been yielded is forgotten."""
@@ -1047,32 +1122,134 @@ class AWait(Case):
 
 
 class ALimit(Case):
-    """A refusal holds everybody of its model back."""
+    """Who may be sent, and when."""
 
     def test_holds_its_model_back_and_no_other(self):
-        """After a 429 nothing for that model leaves before Retry-After; others are not delayed."""
-        gate = threading.Event()
+        """While the throttle holds a model back, or all its calls are in backoff, others go on."""
+        self.real_time()
 
-        def refuse(request):
-            gate.wait(TIMEOUT)
-            return status(429, headers={"Retry-After": "20"})
-        with Server(refuse, forever=reply_echo) as server:
-            with self.client(server) as client:
-                calls = [client.submit(name + str(number), model=name)
-                         for number in range(3) for name in "ab"]
-                gate.set()
-                self.assertEqual([call.result(TIMEOUT).text for call in calls],
-                                 ["a0", "b0", "a1", "b1", "a2", "b2"])
-        requests = list(server.requests)
-        self.assertEqual([request.prompt for request in requests[:4]], ["a0", "b0", "b1", "b2"])
-        self.assertLess(requests[3].time, 1001.0)
-        for request in requests[4:]:
-            self.assertGreaterEqual(request.time, 1020.0)
+        def line(request):
+            held = request.body["model"] == "a"
+            return status(503, headers={"Retry-After": "25"}) if held else reply_echo(request)
+
+        def hold(own, ticket, now, status, retry_after):
+            own.wait = lambda now: retry_after
+            told.append((status, retry_after))
+        for methods in ({"refused": hold}, {"wait": lambda *_: 0.0}):
+            told = []
+            self.throttle(**methods)
+            with self.subTest(methods), Server(forever=line) as server:
+                client = self.client(server, max_concurrency=2)
+                held = [client.submit("Hi", model="a") for _ in range(40)]
+                self.until(lambda: told or "refused" not in methods)
+                for text in "012345":
+                    done = client.submit(text, model="b").result(TIMEOUT)
+                    self.assertEqual(done.text, text)
+                client.close()
+                self.assertTrue(all(call.exception(TIMEOUT) for call in held))
+            if told:  # one may have been in flight
+                self.assertIn(told, ([(503, 25.0)], [(503, 25.0)] * 2))
+
+    def test_serves_first_who_came_first(self):
+        """A retry goes behind those that wait already, and before those that come later."""
+        self.throttle(wait=lambda *_: 0.0)
+        lined, end = set(), threading.Event()
+
+        def wait(condition, seconds):
+            if seconds < 1000.0:
+                self.now += seconds  # in backoff
+            else:
+                lined.add(condition)
+                condition.wait(TIMEOUT)
+        cometlimit._wait = wait
+
+        def line(request):
+            number = len(server.requests)
+            if request.prompt == "z":  # keeps one of two places in flight
+                end.wait(TIMEOUT)
+            elif number == 2:
+                self.until(lambda: len(lined) == 2)  # b and c
+                return status(503)
+            elif number == 3:
+                self.until(lambda: len(lined) == 3)  # a is back
+                client.submit("d").add_done_callback(lambda _: end.set())
+            return reply_echo(request)
+        with Server(forever=line) as server:
+            with self.client(server, deadline=1e6, max_concurrency=2) as client:
+                for number, prompt in enumerate("zabc"):
+                    client.submit(prompt)
+                    server.await_requests(min(2, number + 1))
+        self.assertEqual([request.prompt for request in server.requests], list("zabcad"))
+
+    def test_wakes_whom_an_answer_lets_go(self):
+        """A server with one slot that rests half a second takes no longer than its rests."""
+        class Slot(cometlimit.Throttle):
+            flying, free_at = 0, 0.0
+
+            def wait(self, now):
+                return math.inf if self.flying else max(0.0, self.free_at - now)
+
+            def sent(self, now):
+                self.flying += 1
+                return super().sent(now)
+
+            def answered(self, ticket, now):
+                self.flying, self.free_at = 0, now + 0.5
+                super().answered(ticket, now)
+        self.throttle(Slot)
+        with Server(forever=reply_echo) as server:
+            client = self.client(server, max_concurrency=4)
+            calls = [client.submit(str(number)) for number in range(7)]
+            self.assertEqual([call.result(TIMEOUT).text for call in calls], list("0123456"))
+        self.assertEqual(self.now, 1003.0)
+
+    def test_may_be_given_as_max_rate(self):
+        """Never exceeded, all models and retries together; a rest saves nothing up."""
+        self.throttle(wait=lambda *_: 0.0)
+        with Server(reply("yes"), status(503), forever=reply_echo) as server:
+            with self.client(server, max_rate=0.5) as client:
+                for model in "abac":
+                    client.ask("Hi", model=model)
+                self.now += 100.0
+                for model in "ab":
+                    client.ask("Hi", model=model)
+        self.assertEqual([request.time - 1000.0 for request in server.requests],
+                         [0.0, 2.0, 4.0, 6.0, 8.0, 108.0, 110.0])
+        self.real_time()
+        with Server(forever=reply_echo) as server:
+            with self.client(server, max_rate=50, max_concurrency=12) as client:
+                start = time.monotonic()
+                for number in range(12):
+                    client.submit("Hi", model="abc"[number % 3])
+            self.assertGreaterEqual(time.monotonic() - start, 11 / 50)
+
+    def test_is_not_told_by_a_prompt_that_is_refused_each_time(self):
+        """Refused again though later prompts were answered, it says nothing about load."""
+        for between, expected in ((False, [429, 429]), (True, [429])):
+            told, go = [], threading.Event()
+            self.throttle(wait=lambda *_: 0.0,
+                          refused=lambda own, ticket, now, status, *_: told.append(status))
+
+            def wait(condition, seconds):
+                self.until(go.is_set, lambda: condition.wait(0.001))
+                self.now += seconds
+            cometlimit._wait = wait
+            refused = [status(429), status(429)]
+            with self.subTest(between=between), Server(forever=lambda request: (
+                    refused.pop() if request.prompt == "x" and refused else reply("y"))) as server:
+                with self.client(server) as client:
+                    call = client.submit("x")
+                    server.await_requests(1)
+                    if between:
+                        client.ask("y")
+                    go.set()
+                    self.assertEqual(call.result(TIMEOUT).attempts, 3)
+            self.assertEqual(told, expected)
 
     def test_is_told_to_the_logger(self):
         """What is tried again, and when the limit was met, is logged as information."""
         with self.assertLogs("cometlimit", "INFO") as logs:
-            self.outcome(failure("busy", 429), reply("yes"))
+            self.outcome(*[failure("busy", 429)] * 3, reply("yes"))
         text = "\n".join(logs.output)
         self.assertRegex(text, "model m: limit met")
         self.assertIn("model m: attempt 1 of 5: HTTP 429 busy: why; next in 1.0 s", text)
@@ -1083,29 +1260,33 @@ class ARecord(Case):
 
     def test_tells_everything_of_its_attempt(self):
         """It goes to on_record, to the logger and to the error, field by field."""
+        self.throttle(wait=lambda *_: 0.0)
+
         def slow(line):
             def step(request):
                 self.now += 0.5
                 return line
             return step
-        records = []
-        with self.assertLogs("cometlimit", "DEBUG") as logs:
-            self.outcome(slow(failure("busy", 429, message="x (request id: r7)")),
-                         slow(cut_short()), slow(status(503)),
-                         slow(reply("yes", {"x-request-id": "r8"})),
-                         on_record=records.append)
+        records, tag = [], {"row": 7}
+        with self.assertLogs("cometlimit", "DEBUG") as logs, Server(
+                slow(failure("busy", 429, message="x (request id: r7)")), slow(raw(b"HTTP")),
+                slow(status(503)), slow(reply("yes", {"x-request-id": "r8"}))) as server:
+            with self.client(server, on_record=records.append) as client:
+                client.submit("Hi", tag=tag).result(TIMEOUT)
+        self.assertNotIn("tag", server.requests[0].body)
         rest = (self.START, "/v1/chat/completions", "m")
-        self.assertEqual([record._replace(waited=round(record.waited, 3)) for record in records], [
-            rest + (429, 0.5, 1, 0.0, "r7", "busy", 0, 0),
-            rest + (None, 0.5, 2, 1.1, None, "connection_error", 0, 0),  # the throttle's pause
-            rest + (503, 0.5, 3, 2.0, None, "http_503", 0, 0),
-            rest + (200, 0.5, 4, 4.0, "r8", None, 2, 3)])
+        self.assertEqual([tuple(record) for record in records], [
+            rest + (429, 0.5, 1, 0.0, "r7", "busy", 0, 0, tag),
+            rest + (None, 0.5, 2, 1.0, None, "connection_error", 0, 0, tag),
+            rest + (503, 0.5, 3, 2.0, None, "http_503", 0, 0, tag),
+            rest + (200, 0.5, 4, 4.0, "r8", None, 2, 3, tag)])
         self.assertEqual([log.getMessage() for log in logs.records if log.levelname == "DEBUG"],
                          [repr(record) for record in records])
-        for error in (self.outcome(stall(), timeout=0.1, max_retries=0),
-                      self.outcome(status(200, "x"), max_retries=0)):
-            self.assertEqual([record.error for record in error.records], [error.code])
-        self.assertEqual(error.code, "invalid_response")
+        for code, error in (
+                ("timeout", self.outcome(stall(), timeout=0.1, max_retries=0)),
+                ("invalid_response", self.outcome(status(200, "x"), max_retries=0))):
+            self.assertEqual([record.error for record in error.records], [code])
+            self.assertEqual(error.code, code)
 
     def test_breaks_nothing_where_it_is_used_badly(self):
         """Whatever on_record raises, sys.exit() included, the answer comes and it is logged."""
@@ -1126,9 +1307,34 @@ class ARecord(Case):
             client = self.client(server)
             logger.setLevel("DEBUG")
             try:
-                self.assertEqual(client.submit("Hi").result(1.0).text, "yes")
+                self.assertEqual(client.submit("Hi").result(TIMEOUT).text, "yes")
             finally:
                 logger.setLevel("NOTSET")
+
+
+class ACheck(Case):
+    """check= is asked whether an answer will do."""
+
+    def test_makes_a_failure_of_an_answer_that_will_not_do(self):
+        """False or an exception: it is tried again, which tells the throttle nothing about load,
+        and the error has the answer. All else is a yes."""
+        told, records = [], []
+        self.throttle(refused=lambda *args: told.append(args))
+        for value in (True, None, 0, ""):
+            self.assertEqual(self.outcome(reply("yes"), check=lambda _: value).attempts, 1)
+        done = self.outcome(reply("{"), reply("false"), reply("null"), on_record=records.append,
+                            check=lambda completion: json.loads(completion.text))
+        self.assertEqual((done.text, done.attempts), ("null", 3))
+        self.assertEqual([(record.status, record.error, record.completion_tokens)
+                          for record in records], [(200, "check_failed", 3)] * 2 + [(200, None, 3)])
+        error = self.outcome(*[reply("bad", {"x-request-id": "r1"})] * 5,
+                             check=lambda completion: 1 / 0)
+        self.assertEqual((type(error), error.code, error.attempts, error.retryable,
+                          error.status_code, error.request_id), (
+            cometlimit.APIResponseError, "check_failed", 5, True, 200, "r1"))
+        self.assertRegex(str(error), "check: ZeroDivisionError: division by zero")
+        self.assertEqual(error.body["choices"][0]["message"]["content"], "bad")
+        self.assertEqual(told, [])
 
 
 class TheMetrics(Case):
@@ -1159,49 +1365,69 @@ class TheMetrics(Case):
             self.assertEqual(total[other].requests, times)
             for share, value in ((0.5, 10), (0.95, 19), (1.0, 19)):
                 self.assertLess(abs(stats.latency(share) / value - 1), 0.03)
-        self.assertEqual((stats.pace, stats.window), (None, None))
         self.assertEqual(dict((before + metrics)[key].statuses), {200: 38, 503: 2})
 
-    def test_count_what_had_no_answer(self):
-        """An attempt without an answer has the status None."""
-        with Server(hang_up(), reply("yes")) as server, self.client(server) as client:
-            client.ask("Hi")
-            (stats,) = client.metrics.values()
-        self.assertEqual(dict(stats.statuses), {None: 1, 200: 1})
+    def test_tell_what_limits_now_and_what_was_worth_little(self):
+        """What the throttle holds to; answers without text, or cut off. The table of all this has
+        no line over 80 columns."""
+        def learn(own, ticket, now):
+            own.rate, own.window, own.chance = 2.5, 3, 7
+            THROTTLE.answered(own, ticket, now)
+
+        def answer(text, reason, **message):
+            return reply("", choices=[{"message": dict(message, content=text),
+                                       "finish_reason": reason}])
+        self.throttle(answered=learn)
+        models = ["m", "n" * 24, "o" * 25, "p" * 60]
+        with Server(hang_up(), answer("", "stop"), answer("x", "length"), answer("", "length"),
+                    answer(None, "tool_calls", tool_calls=[{}]),
+                    forever=lambda _: reply("yes")) as server:
+            with self.client(server) as client:
+                for model in models[:1] * 4 + models[1:]:
+                    client.ask("Hi", model=model)
+                metrics = client.metrics
+        stats, *others = metrics.values()
+        self.assertEqual((stats.rate, stats.window, stats.chance, stats.empty, stats.cut_off),
+                         (2.5, 3, 7, 2, 2))
+        self.assertEqual(dict(stats.statuses), {None: 1, 200: 4})
+        total = metrics + metrics
+        stats = total[min(total)]
+        self.assertEqual((stats.rate, stats.window, stats.chance, stats.empty, stats.cut_off),
+                         (None, None, 14, 4, 4))
+        stats.statuses.update({code: 10 ** 7 for code in RETRIED})
+        table = str(total)
+        self.assertLessEqual(max(map(len, table.split("\n"))), 80)
+        self.assertRegex(table, r"\Amodel +requests +answers +retries +p50 s +p95 s +max s\n"
+                                r"m +10 +8 +2 +\d")
+        for words in models + ["none x 2", "14 refused by chance"]:
+            self.assertIn(words, table.replace("\n  ", " "))
 
 
 class ADeadline(Case):
     """timeout is for an attempt, deadline for a prompt."""
 
     def test_is_not_overrun_by_waits(self):
-        """A prompt is given up, with its last error, rather than tried again too late."""
+        """A prompt fails, at once and with its last error, rather than be tried again too late."""
         error = self.outcome(status(503), status(503), deadline=2.9)
-        self.assertEqual((error.status_code, error.attempts, error.records[1].waited),
-                         (503, 2, 1.0))
+        self.assertEqual((error.status_code, error.attempts, error.records[1].waited, self.now),
+                         (503, 2, 1.0, 1001.0))
         error = self.outcome(status(429, headers={"Retry-After": "20"}), deadline=20)
-        self.assertEqual((error.retry_after, error.attempts), (20.0, 1))
+        self.assertEqual((error.retry_after, error.attempts, self.now), (20.0, 1, 1001.0))
 
     def test_passes_in_the_line_too(self):
         """What has not been sent by then fails at that moment."""
-        gate = threading.Event()
-
-        def refuse(request):
-            gate.wait(TIMEOUT)
-            return status(429, headers={"Retry-After": "20"})
-        with Server(refuse) as server, self.client(server, deadline=5.0) as client:
-            first, second = client.submit("a"), client.submit("b")
-            gate.set()
-            self.assertEqual(first.exception(TIMEOUT).attempts, 1)
-            self.assert_error(second.exception(TIMEOUT), cometlimit.APITimeoutError,
-                              "not sent before its deadline", attempts=0, records=())
+        self.throttle(wait=lambda *_: 20.0)
+        self.assert_error(self.outcome(deadline=5.0), cometlimit.APITimeoutError,
+                          "not sent before its deadline", code="timeout", attempts=0, records=())
         self.assertEqual(self.now, 1005.0)
 
     def test_ends_an_attempt(self):
         """An attempt takes no longer than timeout, nor longer than what is left."""
-        error = self.outcome(stall(), stall(), timeout=0.1, max_retries=1)
-        self.assert_error(error, cometlimit.APITimeoutError, "no answer in time", attempts=2)
-        error = self.outcome(stall(), deadline=0.1)
-        self.assert_error(error, cometlimit.APITimeoutError, "no answer in time", attempts=1)
+        for count, options in ((2, dict(timeout=0.1, max_retries=1)), (1, dict(deadline=0.1))):
+            error = self.outcome(*[stall()] * count, **options)
+            self.assertIs(type(error), cometlimit.APITimeoutError)
+            self.assertEqual((error.code, error.attempts), ("timeout", count))
+            self.assertRegex(str(error), r"^no answer from 127\.0\.0\.1:\d+ within 0\.1 s: raise")
 
     def test_is_not_stretched_by_a_server_that_drips(self):
         """The timeout is hard, whichever part of the answer trickles."""
@@ -1217,123 +1443,100 @@ class ADeadline(Case):
 class BadInput(Case):
     """Is a ConfigurationError that says what was met, before anything is sent."""
 
-    def refused(self, text, job):
+    def refused(self, words, job, **options):
         with self.assertRaises(cometlimit.ConfigurationError) as caught:
-            job()
-        self.assertEqual(str(caught.exception), text)
-        self.assertEqual((caught.exception.attempts, caught.exception.retryable), (0, False))
-        shown = "".join(traceback.format_exception(type(caught.exception), caught.exception,
-                                                   caught.exception.__traceback__))
-        self.assertNotIn(KEY, shown + repr(vars(caught.exception)))
+            job(**options)
+        error = caught.exception
+        self.assertIn(words, str(error))
+        self.assertEqual((error.attempts, error.retryable, error.code),
+                         (0, False, "invalid_request"))
+        self.assertNotIn(KEY, "".join(traceback.format_exception(
+            type(error), error, error.__traceback__)) + repr(vars(error)))
 
     def test_of_the_constructor(self):
-        """Numbers, callbacks and files are checked."""
-        whole = "%s is a whole number from %d, not %r"
-        span = "%s is a number of seconds above 0, not %r"
-        table = [(name, value, whole % (name, least, value)) for name, least, values in (
-            ("max_concurrency", 1, (0, -1, 2.5, True, "5", None)),
-            ("max_retries", 0, (-1, 1.0, False, "4", None))) for value in values]
-        table += [(name, value, span % (name, value)) for name in ("max_delay", "timeout",
-                                                                   "deadline")
-                  for value in (0, -1, "30", True, NAN, float("inf"), float("-inf"),
-                                1e300)]  # which no clock of a thread can wait for
-        table += [("timeout", None, span % ("timeout", None)), ("on_record", 5, "on_record is a "
-                                                                "function of a Record, not 5")]
-        for name, value, text in table:
+        """Numbers, callbacks, headers and files are checked."""
+        def whole(least):
+            return "%%s is a whole number from %d, not %%r" % least
+        seconds, rate = ("%%s is a number of %s above 0, not %%r" % unit
+                         for unit in ("seconds", "requests a second"))
+        never = (0, -1, "30", True, NAN, float("inf"), float("-inf"),
+                 1e300)  # which no clock of a thread can wait for
+        for name, words, values in (
+                ("max_concurrency", whole(1), (0, -1, 2.5, True, "5", None)),
+                ("max_retries", whole(0), (-1, 1.0, False, "4", None)),
+                ("timeout", seconds, never + (None,)), ("max_delay", seconds, never + (None,)),
+                ("deadline", seconds, never), ("max_rate", rate, never),
+                ("on_record", "%s is a function, not %r", (5,)), ("check", "%s is", ("x",)),
+                ("stream", "%s is", ("yes",)), ("ca_file", "'/no/file'", ("/no/file",))):
+            for value in values:
+                with self.subTest(name=name, value=value):
+                    expected = words % ((name, value)[:words.count("%")])
+                    self.refused(expected, cometlimit.Client, api_key=KEY, **{name: value})
+        for name, value in (("X Team", "a"), ("", "a"), ("X:", "a"), ("X\n", "a"), (b"X", "a"),
+                            ("X", ""), ("X", "a\r\nY: b"), ("X", "caf\xe9"), ("X", 5),
+                            ("X", None), ("Host", "a"), ("connection", "a"),
+                            ("Content-Length", "1"), ("TRANSFER-ENCODING", "a")):
             with self.subTest(name=name, value=value):
-                self.refused(text, lambda: cometlimit.Client(**{"api_key": KEY, name: value}))
-        with self.assertRaisesRegex(cometlimit.ConfigurationError, "ca_file.*/no/file"):
-            cometlimit.Client(api_key=KEY, ca_file="/no/file")
+                self.refused("header", cometlimit.Client, api_key=KEY, headers={name: value})
 
     def test_of_the_key(self):
         """A missing key, or one with a character that no key has, is never shown."""
-        missing = "there is no API key: set COMETAPI_KEY, or pass api_key="
         for key in (None, "", " \r\n\ufeff", b"sk", 5):
             with self.subTest(key=key):
-                self.refused(missing, lambda: cometlimit.Client(api_key=key))
+                self.refused("there is no API key", cometlimit.Client, api_key=key)
         for sign in " \n\r\t\0\x7f\xa0\xe9\u2019\u200b\ufeff":
             with self.subTest(sign=sign):
-                self.refused("the API key has a character that no key has (a space, a line break, "
-                             "a typographic quote): copy it again",
-                             lambda: cometlimit.Client(api_key=KEY + sign + KEY))
+                self.refused("the API key has a character that no key has",
+                             cometlimit.Client, api_key=KEY + sign + KEY)
 
     def test_of_the_address(self):
-        """Whatever is no https address, or http of this machine, is refused."""
-        with self.assertRaises(ValueError) as caught:
-            self.assertIsNone(cometlimit.urllib.parse.urlsplit("http://h:65536").port)
-        port = str(caught.exception)  # in the words of this Python
-        plain = "http:// would show the key on its way (https:// would not)"
-        for url, text in (
-                ("", "https:// is missing"), ("example.com/v1", "https:// is missing"),
-                ("ftp://example.com", "https:// is missing"),
-                ("file:///etc/passwd", "https:// is missing"),
-                ("https:///v1", "no host or no port"), ("https://h:0/v1", "no host or no port"),
-                ("https://h/v1?a=b", "a query or a fragment"), ("https://h/v1?",
-                                                                "a query or a fragment"),
-                ("https://h/v1#top", "a query or a fragment"), ("http://example.com/v1", plain),
-                ("http://127.0.0.1.example.com", plain), ("http://0.0.0.0", plain),
-                ("http://localhost.example.com", plain), ("https://h:65536/v1", port),
-                ("https://h/v 1", "a character that no URL has"),
-                ("https://h/v\xe9", "a character that no URL has")):
+        """Whatever is no https address, or http of this machine, is refused; no key is shown."""
+        scheme, host, plain = "https:// is missing", "no host or no port", "allow_http=True"
+        user, sign = "a user name", "a character that no URL has"
+        for url, words in (
+                ("", scheme), ("example.com/v1", scheme), ("ftp://example.com", scheme),
+                ("file:///etc/passwd", scheme), (KEY, scheme), ("https:///v1", host),
+                ("https://h:0/v1", host), ("https://h/v1#top", "a fragment"),
+                ("https://h/v1#" + KEY, "a fragment"), ("http://example.com/v1", plain),
+                ("http://127.0.0.1.example.com", plain), ("http://localhost.example.com", plain),
+                ("http://0.0.0.0.example.com", plain), ("http://10.0.0.1", plain),
+                ("http://%s/v1" % KEY, ""), ("https://h:65536/v1", ""), ("https://h:x/v1", ""),
+                ("https://[::1/v1", ""), ("https://%s.com" % ("a" * 64), ""),
+                ("https://h:" + KEY, ""), ("https://h/v 1", sign), ("https://h/v\xe9", sign),
+                ("https://user@h/v1", user), ("https://me:word@h/v1", "//***@h/v1"),
+                ("https://%s@h" % KEY.replace("/", ""), user), ("https://u:%s@h" % KEY, "")):
             with self.subTest(url=url):
-                self.refused("the base URL %r cannot be used: %s" % (url, text),
-                             lambda: cometlimit.Client(api_key=KEY, base_url=url))
-        for user in ("user", KEY.replace("/", ""), "user:word"):
-            self.refused("the base URL 'https://***@h/v1' cannot be used: a user name (the key "
-                         "goes into COMETAPI_KEY)", lambda: cometlimit.Client(
-                             api_key=KEY, base_url="https://%s@h/v1" % user))
-        for url in ("https://h:x/v1", "https://[::1/v1", "https://%s.com" % ("a" * 64)):
-            with self.subTest(url=url), self.assertRaises(cometlimit.ConfigurationError):
-                cometlimit.Client(api_key=KEY, base_url=url)
-        for url in ("http://localhost:1/v1", "http://[::1]:1", "http://127.1.2.3/",
-                    "https://h:65535", "HTTPS://H/v1/", "https://h/v1/chat/completions/"):
+                self.refused(words, cometlimit.Client, api_key=KEY, base_url=url)
+        for url, base in (("http://localhost:1/v1/", None), ("http://[::1]:1", None),
+                          ("http://127.1.2.3/", None), ("http://0.0.0.0:8000", None),
+                          ("https://h:65535", None), ("HTTPS://H/v1/", "https://H/v1"),
+                          ("https://h/v1/chat/completions/", "https://h/v1"),
+                          ("https://h/v1?key=" + KEY, "https://h/v1?key=***")):
             with self.subTest(url=url):
-                self.assertRegex(repr(cometlimit.Client(api_key=KEY, base_url=url)),
-                                 "[^/]/chat/completions model=None>$")
-
-    def test_may_surround_the_key(self):
-        """White space and a byte order mark, even as 3.6 reads its bytes in the C locale."""
-        for before, after in ((" \ufeff", "\r\n"), ("\udcef\udcbb\udcbf", " \n")):
-            with self.subTest(before=before), Server(reply("yes")) as server:
-                self.client(server, api_key=before + KEY + after).ask("Hi")
-            self.assertEqual(server.requests[0].headers["authorization"], "Bearer " + KEY)
-
-    def test_does_not_show_a_key_in_the_address(self):
-        """Wherever in the base URL the key was pasted, it is not shown."""
-        for url in ("https://h/v1?key=" + KEY, "https://h/v1#" + KEY, KEY, "https://u:%s@h" % KEY,
-                    "http://%s/v1" % KEY, "https://h:" + KEY):
-            with self.subTest(url=url):
-                try:
-                    cometlimit.Client(api_key=KEY, base_url=url)
-                except cometlimit.ConfigurationError:
-                    self.assertNotIn(KEY, traceback.format_exc())
-                else:
-                    self.fail("accepted")
+                client = cometlimit.Client(api_key=KEY, base_url=url)
+                self.assertEqual(client.base_url, base or url.rstrip("/"))
+                self.assertIn(client.base_url, repr(client))
 
     def test_of_the_request(self):
-        """A prompt is text or messages, its parameters are JSON, and nothing is sent otherwise."""
-        loop = []
+        """A prompt is text, messages or a dict with them; parameters are JSON, and no options."""
+        loop, hi = [], [{"role": "user", "content": "Hi"}]
         loop.append(loop)
-        prompt = "a prompt is a string or a list of messages (dicts), not %s"
-        model = 'no model is named: Client(model="your-model-id")'
+        prompt, model = "a prompt is a string", "no model is named"
+        table = [(bad, {}, prompt) for bad in (
+            5, None, b"Hi", {"role": "user"}, [], ["Hi"], hi + ["Hi"], {"messages": "Hi"})]
+        table += [("Hi", {"model": bad}, model) for bad in ("", None, 5)]
+        table += [({"messages": hi, "model": ""}, {}, model)]
+        table += [("Hi", {"temperature": bad}, "JSON") for bad in (
+            NAN, float("inf"), {1, 2}, b"x", object(), loop, {(1, 2): 3})]
+        for name in set(parameters(cometlimit.Client)) - {"model"} | {"stream_options"}:
+            words = "stream" if name.startswith("stream") else name  # it would do nothing there
+            table += [("Hi", {name: KEY}, words), ({"messages": hi, name: KEY}, {}, words)]
         with Server() as server, self.client(server) as client:
-            for bad, params, text in (
-                    (5, {}, prompt % "int"), (None, {}, prompt % "NoneType"),
-                    (b"Hi", {}, prompt % "bytes"), ({"role": "user"}, {}, prompt % "dict"),
-                    ("Hi", {"stream": True}, "stream cannot be used: answers come whole"),
-                    ("Hi", {"model": ""}, model), ("Hi", {"model": None}, model),
-                    ("Hi", {"model": 5}, model)):
+            for bad, params, words in table:
                 with self.subTest(bad=bad, **params):
-                    self.refused(text, lambda: client.ask(bad, **params))
-            for bad in ([], ["Hi"], [{"role": "user"}, "Hi"]):
-                with self.subTest(bad=bad), self.assertRaises(cometlimit.ConfigurationError):
-                    client.ask(bad)
-            for value in (NAN, float("inf"), {1, 2}, b"x", object(), loop, {(1, 2): 3}):
-                with self.subTest(value=value), self.assertRaisesRegex(
-                        cometlimit.ConfigurationError, "the request cannot be made JSON: "):
-                    client.submit("Hi", temperature=value)
-            self.refused("prompts is a list of prompts; for a single one there is ask()",
-                         lambda: list(client.map("Hi")))
+                    self.refused(words, lambda: client.submit(bad, **params))
+            for prompts in ("Hi", b"Hi", {"messages": hi}):
+                self.refused("there is ask()", lambda: list(client.map(prompts)))
             with self.assertRaises((cometlimit.ConfigurationError, TypeError)):
                 list(client.map(5))
         self.assertEqual(server.requests, [])
@@ -1392,39 +1595,32 @@ class TheEnd(Case):
     """Whatever waits can be woken, and nothing runs on."""
 
     def test_of_a_with_block_waits_for_what_was_submitted(self):
-        """All is answered, and its callbacks have run."""
+        """All is answered, and its callbacks have run to their end."""
+        self.fast_clock()
         texts = []
+
+        def note(call):
+            time.sleep(0.2 if call.result().text == "19" else 0.0)
+            texts.append(call.result().text)
         with Server(*[status(503)] * 2, forever=reply_echo) as server:
             with self.client(server, max_concurrency=2) as client:
                 for number in range(20):
-                    client.submit(str(number)).add_done_callback(
-                        lambda call: texts.append(call.result().text))
+                    client.submit(str(number)).add_done_callback(note)
             self.assertEqual(sorted(texts, key=int), [str(number) for number in range(20)])
             self.assertEqual(len(server.requests), 22)
-
-    def test_of_a_with_block_does_not_wait_for_what_was_cancelled(self):
-        """A cancelled prompt that was still held back does not hold the block."""
-        self.real_time()
-        with Server(forever=reply_echo) as server:
-            client = self.client(server)
-            calls = [client.submit(str(number)) for number in range(8)]
-            calls[-1].cancel()
-            leaving = threading.Thread(target=client.__exit__, args=(None,) * 3, daemon=True)
-            leaving.start()
-            leaving.join(3.0)
-            self.assertFalse(leaving.is_alive(), "waits for ever")
 
     def test_of_what_is_cancelled_does_not_wait_for_its_turn(self):
         """Held back by a refusal, it holds neither the block nor who waits for it."""
         self.real_time()
-        with Server(status(429, headers={"Retry-After": "20"})) as server:
+        self.throttle(wait=lambda *_: 20.0)
+        with Server() as server:
             start = time.monotonic()
-            with self.client(server, max_retries=0) as client:
-                first, second = client.submit("a"), client.submit("b")
-                self.assertEqual(first.exception(TIMEOUT).status_code, 429)
-                self.assertTrue(second.cancel() and second.cancel())
-                self.assertEqual(concurrent.futures.wait([second], TIMEOUT).done, {second})
-            self.assertLess(time.monotonic() - start, 3.0)
+            with self.client(server) as client:
+                calls = [client.submit(prompt) for prompt in "abcd"]
+                for call in calls[::-1]:
+                    self.assertTrue(call.cancel())
+                self.assertEqual(concurrent.futures.wait(calls, TIMEOUT).not_done, set())
+            self.assertLess(time.monotonic() - start, 5.0)
 
     def test_of_a_with_block_by_an_exception_is_immediate(self):
         """What waits fails, what is in flight is hung up on."""
@@ -1437,65 +1633,106 @@ class TheEnd(Case):
                 1 / 0
             self.assertTrue(gone.wait(TIMEOUT))
             for call in calls:
-                self.assert_error(call.exception(0), cometlimit.Error, GONE)
+                self.assert_error(call.exception(0), cometlimit.Error, GONE, code="cancelled")
 
     def test_wakes_whatever_waits(self):
-        """close() ends what is in flight, in backoff and in the line, in less than a second."""
+        """close() ends what is in flight, in backoff and in the line, in less than a second; each
+        error has as many records as attempts."""
         self.real_time()
         gone, seen = threading.Event(), threading.Event()
         with Server(status(503), stall(gone)) as server:
             client = self.client(server, on_record=lambda record: seen.set())
-            rests = client.submit("rests")
+            rests = client.submit("rests", model="n")
             self.assertTrue(seen.wait(TIMEOUT))
-            flies, waits = client.submit("flies"), client.submit("waits")
+            flies = client.submit("flies")
             server.await_requests(2)
+            waits = client.submit("waits")
             start = time.monotonic()
             client.close()
-            for call in (rests, flies, waits):
-                self.assert_error(call.exception(TIMEOUT), cometlimit.Error, GONE)
-            self.assertEqual([rests.exception().attempts, waits.exception().attempts], [1, 0])
+            for call, attempts in ((rests, 1), (flies, 1), (waits, 0)):
+                error = call.exception(TIMEOUT)
+                self.assert_error(error, cometlimit.Error, GONE, code="cancelled",
+                                  attempts=attempts)
+                self.assertEqual(len(error.records), attempts)
             self.assertLess(time.monotonic() - start, 1.0)
             self.assertTrue(gone.wait(TIMEOUT))
+            self.threads_end()
             with self.assertRaisesRegex(cometlimit.ConfigurationError,
-                                        "the client is closed: make a new one"):
+                                        "^the client was closed: make a new one$"):
                 client.ask("Hi")
             client.close()
-        self.threads_end()
+
+    def test_by_stop_lets_what_is_in_flight_come_back(self):
+        """Nothing more is sent, not even once more; what waits fails at once."""
+        self.real_time()
+        seen, gate = threading.Event(), threading.Event()
+
+        def line(request):
+            if request.prompt != "rests":
+                gate.wait(TIMEOUT)
+            return reply_echo(request) if request.prompt == "flies" else status(503)
+        with Server(forever=line) as server:
+            with self.client(server, max_concurrency=2,
+                             on_record=lambda record: seen.set()) as client:
+                rests = client.submit("rests", model="n")
+                self.assertTrue(seen.wait(TIMEOUT))
+                flies, fails = client.submit("flies"), client.submit("fails")
+                server.await_requests(3)
+                waits = client.submit("waits")
+                client.stop()
+                for call, attempts in ((rests, 1), (waits, 0)):
+                    self.assert_error(call.exception(TIMEOUT), cometlimit.Error, "given up: the "
+                                      "client was stopped", code="cancelled", attempts=attempts)
+                self.assertFalse(flies.done() or fails.done())
+                with self.assertRaisesRegex(cometlimit.ConfigurationError,
+                                            "^the client was stopped: make a new one$"):
+                    client.submit("late")
+                gate.set()
+            self.assertEqual(flies.result(0).text, "flies")
+            self.assertEqual((fails.exception(0).status_code, fails.exception(0).attempts),
+                             (503, 1))
+            self.assertEqual(len(server.requests), 3)
 
     def test_comes_to_idle_threads(self):
         """A client that is forgotten leaves no thread behind."""
-        self.real_time()
-        idle, cometlimit._IDLE = cometlimit._IDLE, 0.05
-        try:
-            with Server(forever=reply_echo) as server:
-                client = self.client(server, max_concurrency=3)
-                list(client.map(list("0123456")))
-                self.threads_end()
-                self.assertEqual(client.ask("again"), "again")
-        finally:
-            cometlimit._IDLE = idle
+        with Server(forever=reply_echo) as server:
+            client = cometlimit.Client(api_key=KEY, base_url=server.url, model="m")
+            list(client.map(list("0123456")))
+            del client
+            gc.collect()
+            self.threads_end()
+
+    def process(self, server, source):
+        """A process with these lines, where `client` is a Client; a line of input interrupts it,
+        by a signal that another thread than the main one gets."""
+        os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+        return subprocess.Popen([sys.executable, "-c", """if True:
+            import signal, sys, threading, cometlimit
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            threading.Thread(target=lambda: sys.stdin.readline() and signal.pthread_kill(
+                threading.get_ident(), signal.SIGINT), daemon=True).start()
+            client = cometlimit.Client(api_key=%r, base_url=%r, model="m")
+            %s""" % (KEY, server.url, source)], cwd=Compiled.folder, stdin=subprocess.PIPE,
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
     def test_by_ctrl_c_is_quick(self):
-        """The process is gone in less than a second, whatever it waits for."""
-        source = ("import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-                  "import cometlimit\n"
-                  "with cometlimit.Client(api_key=%r, base_url=%r, model='m') as client:\n    %s")
-        held = status(429, headers={"Retry-After": "30"})
-        for line, job in ((stall(), "client.ask('Hi')"), (held, "client.ask('Hi')"),
-                          (stall(), "list(client.map(map(str, range(100))))"),
-                          (stall(), "for _ in range(9): client.submit('Hi')")):
+        """The process is gone in less than a second, whatever it waits for and whichever of its
+        threads the system gives the signal to."""
+        held = status(503, headers={"Retry-After": "30"})
+        block = "with client: [client.submit('Hi') for _ in range(9)]"
+        for line, job, direct in (
+                (stall(), "client.ask('Hi')", False), (held, "client.ask('Hi')", True),
+                (stall(), "list(client.map(map(str, range(100))))", False),
+                (stall(), block, False), (held, block, True)):
             with self.subTest(job=job), Server(forever=line) as server:
-                process = subprocess.Popen(
-                    [sys.executable, "-c", source % (KEY, server.url, job)],
-                    cwd=os.path.dirname(os.path.abspath(cometlimit.__file__)),
-                    stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-                with process:
+                with self.process(server, job) as process:
                     try:
                         server.await_requests(1)
-                        time.sleep(0.05)
+                        time.sleep(0.1)
                         start = time.monotonic()
-                        process.send_signal(signal.SIGINT)
-                        text = process.communicate(timeout=TIMEOUT)[1].decode()
+                        if direct:
+                            process.send_signal(signal.SIGINT)
+                        text = process.communicate(b"" if direct else b"\n", TIMEOUT)[1].decode()
                         took = time.monotonic() - start
                     finally:
                         process.kill()
@@ -1503,19 +1740,45 @@ class TheEnd(Case):
                 self.assertNotIn("Exception in thread", text)
                 self.assertLess(took, 1.0)
 
+    def test_of_the_interpreter_waits_for_what_was_submitted(self):
+        """Without a with block it is still sent, and its callbacks run."""
+        with Server(forever=reply_echo) as server, self.process(
+                server, "[client.submit(str(n)).add_done_callback(lambda call: print("
+                "call.result().text, flush=True)) for n in range(12)]") as process:
+            try:
+                out, err = process.communicate(timeout=TIMEOUT)
+            finally:
+                process.kill()
+        self.assertEqual((sorted(map(int, out.split())), err), (list(range(12)), b""))
+
     def test_of_a_callback_is_not_that_of_a_thread(self):
-        """A callback that raises, sys.exit() included, costs no other answer."""
-        with Server(forever=reply_echo) as server:
-            client, gate = self.client(server), threading.Event()
+        """A callback that raises, sys.exit() included, costs no other answer and no thread. One
+        that would wait for itself is told so."""
+        gate = threading.Event()
+
+        def line(request):
+            gate.wait(TIMEOUT)
+            return reply_echo(request)
+
+        def ask(call):
+            for wait in (client.ask, lambda prompts: next(client.map(prompts))):
+                with self.assertRaisesRegex(cometlimit.ConfigurationError, "callback.*submit"):
+                    wait(["Hi"])
+            asked.append(call)
+        asked = []
+        with Server(forever=line) as server:
             for fault, logger in ((ValueError, "concurrent.futures"), (SystemExit, "cometlimit")):
-                def bad(call, fault=fault):
-                    gate.wait(TIMEOUT)
+                def bad(call):
                     raise fault("callback")
-                with self.subTest(fault=fault), self.assertLogs(logger, "ERROR"):
-                    client.submit("a").add_done_callback(bad)
-                    gate.set()
-                    self.assertEqual(client.submit("b").result(TIMEOUT).text, "b")
-                    client._pool.join()
+                with self.subTest(fault=fault), self.assertLogs(logger, "ERROR") as logs:
+                    gate.clear()
+                    with self.client(server) as client:
+                        for number in range(5):
+                            client.submit(str(number)).add_done_callback(bad)
+                        client.submit("b").add_done_callback(ask)
+                        gate.set()
+                self.assertEqual(len(logs.records), 5)
+        self.assertEqual(len(asked), 2)
 
     @unittest.skipUnless(hasattr(os, "fork"), "there is no fork here")
     def test_of_a_fork_is_of_no_concern_to_the_other(self):
@@ -1564,7 +1827,8 @@ class TheWire(Case):
             self.assertNotIn(KEY, "".join(proxy.heads))
         with Proxy(refuse=407) as proxy, Server(tls="127.0.0.1") as server:
             os.environ["https_proxy"] = "127.0.0.1:%d" % proxy.port
-            with self.assertRaisesRegex(cometlimit.APIConnectionError, "the proxy refuses.*407"):
+            with self.assertRaisesRegex(cometlimit.APIConnectionError,
+                                        "^the proxy 127.0.0.1:%d refuses: 407" % proxy.port):
                 self.client(server, ca_file=authority).ask("Hi")
             self.assertEqual(len(proxy.heads), 1)
 
