@@ -1179,6 +1179,7 @@ class _Connection(io.RawIOBase):
         """Send a request, and read the head of its answer."""
         self.request, self.heard, request.connection = request, 0, self
         try:
+            self._refuse_cut()  # hang_up() could not find this, nor end its look-up
             if not self.stands:
                 self._connect()
             self._refuse_cut()

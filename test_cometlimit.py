@@ -2897,22 +2897,21 @@ class Port(Server):
         super().__init__(tls=tls)
         self.job = job
 
-    def __enter__(self):
-        super().__enter__()
-        self.https = "https://127.0.0.1:%d/v1" % self.port
-        return self
-
     def serve(self, sock, number):
         if self.tls:
-            sock = self.own(server_context(self.tls).wrap_socket(sock, server_side=True))
+            sock = self.own(server_context(certificate(self.tls)).wrap_socket(sock, True))
         with sock:
             self.job(sock)
 
 
-def server_context(tls, file=None):
+def server_context(file):
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(file or certificate(tls))
+    context.load_cert_chain(file)
     return context
+
+
+def https(server):
+    return server.url.replace("http:", "https:")
 
 
 def flood(start, piece, pause=0.0):
@@ -2931,7 +2930,7 @@ def certify_again(name, label, days="2", extensions=None):
     certificate(name)
     base = os.path.join(Certificates.folder, name + "1")
     with open(base + ".cnf") as file, open(base + label + ".cnf", "w") as other:
-        other.write(file.read() if extensions is None else "[ext]\n" + extensions)
+        other.write(file.read() if extensions is None else "[ext]\nbasicConstraints=" + extensions)
     signer = ["-signkey", base + ".key"] if name == "ca" else [
         "-CAcreateserial", "-CA", certificate("ca"), "-CAkey", certificate("ca")]
     subprocess.run(["openssl", "x509", "-req", "-days", days, "-in", base + ".csr", "-out",
@@ -2963,17 +2962,13 @@ class Hostile(Case):
         return super().client(server, **options)
 
     def outcome_at(self, client, prompt="Hi"):
-        try:
-            return client.complete(prompt)
-        except cometlimit.Error as error:
-            return error
+        return next(client.map([prompt], return_exceptions=True))
 
     def replace(self, place, **values):
         """Replace attributes until the test ends."""
-        for name, value in values.items():
-            patch = unittest.mock.patch.object(place, name, value)
-            patch.start()
-            self.addCleanup(patch.stop)
+        patch = unittest.mock.patch.multiple(place, **values)
+        patch.start()
+        self.addCleanup(patch.stop)
 
     def addresses(self, *ports, seconds=0.0):
         """From now on "localhost" has these ports of 127.0.0.1 for addresses, which takes a while
@@ -3025,7 +3020,9 @@ class AHostileAnswer(Hostile):
                     server, timeout=0.25, max_retries=0, max_concurrency=len(lines)) as client:
                 for error in client.map(["Hi"] * len(lines), return_exceptions=True):
                     with self.subTest(tls=tls):
-                        self.assertTrue(error.retryable, error)
+                        self.assertTrue(error.status_code == 503 or
+                                        type(error) is cometlimit.APITimeoutError, repr(error))
+                        self.assertTrue(error.retryable)
                         self.assertLess(error.records[0].latency, 2.0)
 
     def test_is_no_answer_wherever_it_is_cut_off(self):
@@ -3050,24 +3047,24 @@ class AHostileAnswer(Hostile):
     def test_takes_no_more_memory_than_is_allowed(self):
         """A body too long is left unread, however it is framed; an error's sooner."""
         self.real_time()
-        frames = [b"\r\n", b"Content-Length: 10000000000\r\n\r\n", CHUNKED + b"fffffffffffff\r\n",
-                  CHUNKED + b"-70000\r\n", CHUNKED + b"-1\r\n"]
-        for code, most, some in ((b"400", cometlimit._MAX_ANSWER, frames[:-1]),
-                                 (b"200", 1 << 18, frames)):
+        for (code, most), frame in itertools.product(
+                ((400, cometlimit._MAX_ANSWER), (200, 1 << 18)),
+                (b"\r\n", b"Content-Length: 10000000000\r\n\r\n", CHUNKED + b"fffffffffffff\r\n",
+                 CHUNKED + b"-70000\r\n", CHUNKED + b"-1\r\n")):
             self.replace(cometlimit, _MAX_ANSWER=most)
-            for frame in some:
-                start = b"HTTP/1.1 %s Any\r\n%s" % (code, frame)
-                with Server(flood(start, b" " * (1 << 16))) as server:
-                    with self.client(server, max_retries=0, timeout=0.7) as client:
-                        tracemalloc.start()
-                        error = self.outcome_at(client)
-                        peak = tracemalloc.get_traced_memory()[1]
-                        tracemalloc.stop()
-                with self.subTest(code=code, frame=frame):
-                    self.assertIsInstance(error, cometlimit.Error)
-                    self.assertLess(peak, 16 << 20)
-                    if b"\n-" not in frame:
-                        self.assertEqual((error.status_code, error.retryable), (int(code), False))
+            line = flood(b"HTTP/1.1 %d Any\r\n%s" % (code, frame), b" " * (1 << 16))
+            with Server(line) as server, self.client(
+                    server, max_retries=0, timeout=5.0) as client:
+                tracemalloc.start()
+                error = self.outcome_at(client)
+                peak = tracemalloc.get_traced_memory()[1]
+                tracemalloc.stop()
+            with self.subTest(code=code, frame=frame):
+                self.assertLess(peak, 16 << 20)
+                if code == 200:  # it ends by what it is, not only by the timeout
+                    self.assertNotIsInstance(error, cometlimit.APITimeoutError)
+                if b"\n-" not in frame:
+                    self.assertEqual((error.status_code, error.retryable), (code, False))
 
     def test_is_not_taken_for_another(self):
         """Odd heads end as a named Error or are understood; the next answer is the next's own."""
@@ -3100,17 +3097,20 @@ class AHostileAnswer(Hostile):
         """Deep JSON, as an answer or an error, where threads have 1 MiB of stack."""
         deep = [status(code, text * 200000) for code in (200, 400) for text in ("[", '{"a":')]
         with Server(*deep) as server:
-            self.assertEqual(end(start(server, "threading.stack_size(1 << 20)", """
+            done = end(start(server, "threading.stack_size(1 << 20)", """
                 for error in client.map(["Hi"] * 4, return_exceptions=True):
-                    assert isinstance(error, cometlimit.Error), error""", "max_retries=0")), (0, ""))
+                    assert isinstance(error, cometlimit.Error), error""", "max_retries=0"))
+        self.assertEqual(done, (0, ""))
 
     def test_that_does_not_come_is_asked_for_as_a_stream(self):
         """What a gateway or our time-out cut off comes again as a stream; the latter once only."""
+        silent = stall()
         for lines, (option, after) in itertools.product((
-                (stall(), stall()), (status(408), reply("yes")),
+                (silent, silent), (status(408), reply("yes")),
                 (status(504), status(524), reply("yes"))), ((None, True), (False, None))):
             with Server(*lines) as server:
-                done = self.outcome_at(self.client(server, timeout=0.2, stream=option))
+                done = self.outcome_at(self.client(
+                    server, timeout=0.2 if lines[0] is silent else 600.0, stream=option))
             with self.subTest(option=option, lines=len(lines), done=done):
                 self.assertEqual(done.attempts, len(lines))
                 self.assertEqual([request.body.get("stream") for request in server.requests],
@@ -3136,7 +3136,7 @@ class AHostileAnswer(Hostile):
             line = flood(start + framed, ping, 0.02)
             with self.subTest(tls=tls, ping=ping), Server(line, tls=tls) as server:
                 client = self.client(server, stream=True, timeout=5.0, max_retries=0)
-                with self.within(2.0):
+                with self.within(4.0):
                     self.assertEqual(client.ask("Hi"), "all")
 
 
@@ -3145,7 +3145,7 @@ class AConnectionKept(Hostile):
 
     def test_drops_what_is_out_of_step(self):
         """Bytes after a body are never served as the next answer, whenever they come; nor is an
-        answer that follows an interim one."""
+        answer that follows an interim one, or comes after a time-out."""
         wrong = HEAD + FRAMED.replace(b"all", b"BAD")
         head = HEAD + b"Content-Length: %d\r\nX: " % len(GOOD)
         aligned = head + b"y" * (8192 - len(head) - 4 - len(GOOD)) + b"\r\n\r\n" + GOOD
@@ -3153,36 +3153,26 @@ class AConnectionKept(Hostile):
         for tls, (start, then, later) in itertools.product(SCHEMES, (
                 (aligned, wrong, b""), (aligned, b"", wrong), (aligned, b" ", b""),
                 (aligned.replace(b"y" * 100, b""), wrong, b""),
-                (early, b"", b""), (early, b"", wrong))):
-            sent = threading.Event()
+                (early, b"", b""), (early, b"", wrong), (b"", b"", wrong))):
+            late, sent = threading.Event(), threading.Event()
 
             def send(sock):
-                sock.sendall(start + then)
-                time.sleep(0.02 if later else 0.0)
-                sock.sendall(later)
-                sent.set()
+                try:
+                    sock.sendall(start + then)
+                    late.wait(0.02 if start else TIMEOUT)
+                    sock.sendall(later)
+                finally:
+                    sent.set()
             with Server(Line(send, keep=True), reply("next"), tls=tls) as server:
-                with self.client(server, max_retries=0) as client:
+                with self.client(server, max_retries=0, timeout=30.0 if start else 0.7) as client:
                     first = self.outcome_at(client)
+                    late.set()
                     self.assertTrue(sent.wait(TIMEOUT))
                     time.sleep(0.01)
                     with self.subTest(tls=tls, size=len(start), then=then, later=later):
                         self.assertEqual(getattr(first, "text", None),
-                                         None if start is early else "all")
-                        self.assertEqual(client.ask("Hi"), "next")
-
-    def test_is_not_used_after_a_timeout(self):
-        """An answer that comes too late is nobody's."""
-        self.real_time()
-        for tls in SCHEMES:
-            late = threading.Event()
-            line = Line(lambda sock: late.wait(TIMEOUT) and reply("late").send(sock), keep=True)
-            with self.subTest(tls=tls), Server(line, reply("next"), tls=tls) as server:
-                client = self.client(server, max_retries=0, timeout=0.3)
-                error = self.outcome_at(client)
-                late.set()
-                self.assertIs(type(error), cometlimit.APITimeoutError)
-                self.assertEqual(client.ask("Hi"), "next")
+                                         "all" if start[-9:] == GOOD[-9:] else None)
+                        self.assertEqual((client.ask("Hi"), server.connections), ("next", 2))
 
     def test_that_the_server_closed_costs_nothing(self):
         """A server that closes after each answer sees each request exactly once."""
@@ -3222,7 +3212,7 @@ class AConnectionKept(Hostile):
                                  on_record=lambda record: record.status or client.close())
             client.ask("1")
             self.addresses(server.port, seconds=6.0)
-            with self.within(2.0):
+            with self.within(4.0):
                 self.assert_error(client.submit("2").exception(TIMEOUT), cometlimit.Error, GONE)
 
     def test_brings_an_early_refusal(self):
@@ -3236,7 +3226,7 @@ class AConnectionKept(Hostile):
                     pass
         for tls, waits in ((None, False), (None, True), ("127.0.0.1", True)):
             with self.subTest(tls=tls, waits=waits), Port(refuse, tls=tls) as server:
-                error = self.outcome_at(self.client(server), "x" * 3000000)
+                error = self.outcome_at(self.client(server), "x" * 20000000)
                 self.assertEqual((error.status_code, server.connections), (413, 1), error)
 
     def test_is_kept_alive_whatever_its_number(self):
@@ -3266,7 +3256,8 @@ class AConnectionKept(Hostile):
         texts = list(map(str, range(2000)))
         with Server(forever=reply_echo) as server:
             with self.client(server, max_concurrency=50) as client:
-                self.assertEqual([done.text for done in client.map(texts)], texts)
+                calls = list(map(client.submit, texts))
+                self.assertEqual([call.result(TIMEOUT).text for call in calls], texts)
                 own = [t for t in threading.enumerate() if t.name.startswith("cometlimit")]
                 self.assertLessEqual(len(own), 100)
             self.assertLessEqual(server.connections, 50)
@@ -3287,19 +3278,20 @@ class TheClock(Hostile):
         dead ones is reached."""
         with self.dead() as port, Server(reply("a"), reply("b")) as server:
             for ports, seconds, timeout, bound in (
-                    ([port] * 4, 0.0, 0.3, 15.0), ([port] * 4, 0.0, 600.0, 0.3),
-                    ([port], 6.0, 600.0, 0.3), ([port], 6.0, 0.3, 15.0)):
+                    ([port] * 4, 0.0, 0.2, 15.0), ([port] * 4, 0.0, 600.0, 0.2),
+                    ([port], 6.0, 600.0, 0.2), ([port], 6.0, 0.2, 15.0)):
                 self.addresses(*ports, seconds=seconds)
                 self.replace(cometlimit, _CONNECT=bound)
-                with self.subTest(seconds=seconds, timeout=timeout), self.within(2.0, least=0.2):
+                with self.subTest(seconds=seconds, timeout=timeout), self.within(5.0, least=0.15):
                     error = self.outcome_at(self.client(
                         "http://localhost:7/v1", timeout=timeout, max_retries=0))
                     self.assert_error(error, cometlimit.APITimeoutError,
                                       "no connection to localhost:7 in time",
                                       code="connect_timeout", retryable=True)
+            self.replace(cometlimit, _CONNECT=1.0)
             for ports, seconds in (([server.port], 0.1), ([port] * 3 + [server.port], 0.0)):
                 self.addresses(*ports, seconds=seconds)
-                self.client("http://localhost:7/v1", timeout=1.0, max_retries=0).ask("Hi")
+                self.client("http://localhost:7/v1", max_retries=0).ask("Hi")
 
     def test_bounds_a_handshake(self):
         """A server or proxy that says nothing, or drips, while the connection is made."""
@@ -3309,8 +3301,8 @@ class TheClock(Hostile):
         for piece, kind in itertools.product(pieces, ("", "proxy")):
             with self.subTest(piece=piece, kind=kind), Port(silent) as server:
                 os.environ["https_proxy"] = kind and "127.0.0.1:%d" % server.port
-                with self.within(1.0):
-                    client = self.client(server.https, timeout=0.15, max_retries=0)
+                with self.within(5.0):
+                    client = self.client(https(server), timeout=0.15, max_retries=0)
                     error = self.outcome_at(client)
                 self.assertIsInstance(error, cometlimit.APIConnectionError)
                 self.assertIn("%s 127.0.0.1:%d" % (kind, server.port), str(error))
@@ -3320,7 +3312,7 @@ class TheClock(Hostile):
         for tls in SCHEMES:
             gate = threading.Event()
             with self.subTest(tls=tls), Port(lambda sock: gate.wait(6.0), tls=tls) as server:
-                with self.within(3.0):
+                with self.within(5.0):
                     error = self.outcome_at(self.client(server, timeout=0.3, max_retries=0),
                                             "x" * 8000000)
                 gate.set()
@@ -3343,7 +3335,7 @@ class TheClock(Hostile):
             met, gone, left = threading.Event(), threading.Event(), threading.Event()
             with self.subTest(place=place, tls=tls), self.dead() as port, Port(
                     silent, tls and place in ("upload", "answer") and "127.0.0.1") as server:
-                url = server.https if tls else server.url
+                url = https(server) if tls else server.url
                 os.environ["https_proxy"] = "127.0.0.1:%d" % server.port if place == "proxy" else ""
                 if place in ("name", "connect"):
                     self.addresses(port, seconds=6.0 if place == "name" else 0.0)
@@ -3353,7 +3345,7 @@ class TheClock(Hostile):
                 call = client.submit("x" * (8000000 if place == "upload" else 1))
                 self.assertTrue(met.wait(TIMEOUT))
                 time.sleep(0.05)
-                with self.within(0.4):  # close() itself would wait 0.5 s
+                with self.within(4.0):
                     client.close()
                     self.assert_error(call.exception(TIMEOUT), cometlimit.Error, GONE)
                 left.set()
@@ -3467,14 +3459,14 @@ class TheProxy(Hostile):
     def test_for_all_schemes_is_told_to_be_unused(self):
         """all_proxy goes by in silence, unless no connection comes about without it."""
         hint = " (all_proxy is not used: name the proxy in https_proxy)"
-        for names, told in (("", ""), ("all_proxy", hint), ("ALL_PROXY", hint),
-                            ("all_proxy https_proxy", "")):
+        for names, told in (("", False), ("all_proxy", hint), ("ALL_PROXY", hint),
+                            ("all_proxy https_proxy", False)):
             os.environ.update(dict.fromkeys(names.split(), "http://127.0.0.1:1"))
             error = str(self.outcome_at(self.client(NOWHERE, max_retries=0)))
             with self.subTest(names=names):
-                self.assertRegex(error, "^no connection to (the proxy )?127.0.0.1:1. Conn[^(]*$"
-                                 if not told else re.escape(told) + "$")
-                self.assertEqual("the proxy 127" in error, "https_proxy" in names)
+                self.assertTrue(error.startswith("no connection to %s127.0.0.1:1. Conn" % (
+                    "the proxy " * ("https_proxy" in names))), error)
+                self.assertEqual("all_proxy" in error and error[error.index(" (all"):], told)
             for name in names.split():
                 del os.environ[name]
 
@@ -3507,7 +3499,7 @@ class TrustedCertificates(Hostile):
                         pass
         seen, prompt = [], options.pop("prompt", "Hi")
         with Port(serve) as server:
-            error = self.outcome_at(self.client(server.https, **options), prompt)
+            error = self.outcome_at(self.client(https(server), **options), prompt)
         self.assertIs(type(error), cometlimit.APIConnectionError)
         self.assertEqual((error.attempts, error.retryable), (1, False), error)
         self.assertEqual((server.connections, [data for data in seen if data]), (1, []))
@@ -3515,18 +3507,25 @@ class TrustedCertificates(Hostile):
 
     def test_are_those_of_a_known_authority_for_this_host_and_time(self):
         """An unknown CA, another host, a past date: told with the remedy, once; whatever the
-        program did to ssl's defaults."""
+        program did to ssl's defaults. So is, where Python is strict, a CA without key usage."""
         self.replace(ssl, _create_default_https_context=ssl._create_unverified_context)
-        good = certificate("127.0.0.1")
-        for file, options in ((certificate("localhost"), {}), (good, {"ca_file": None}),
-                              (certify_again("127.0.0.1", "expired", days="0"), {}),
-                              (certificate("127.0.0.1", signed=False), {}),
-                              (good, {"ca_file": certificate("localhost")})):
+        good, lax = certificate("127.0.0.1"), certify_again("ca", "lax", extensions="CA:TRUE")
+        table = [(certificate("localhost"), {}), (good, {"ca_file": None}),
+                 (certify_again("127.0.0.1", "expired", days="0"), {}),
+                 (certificate("127.0.0.1", signed=False), {}),
+                 (good, {"ca_file": certificate("localhost")})]
+        if ssl.create_default_context().verify_flags & getattr(ssl, "VERIFY_X509_STRICT", 0):
+            table.append((good, {"ca_file": lax}))
+        else:
+            with Server(reply("yes"), tls="127.0.0.1") as server:
+                self.assertEqual(self.client(server, ca_file=lax).ask("Hi"), "yes")
+        for file, options in table:
             with self.subTest(file=file, **options):
-                self.assertRegex(self.handshake(server_context(None, file), **options),
-                                 "not trusted.*ca_file=, SSL_CERT_FILE or REQUESTS_CA_BUNDLE")
+                self.assertRegex(
+                    self.handshake(server_context(file), **options), "not trusted.*ca_file=, "
+                    "SSL_CERT_FILE or REQUESTS_CA_BUNDLE.*3.13 also demands a CA.*key usage")
         os.environ["SSL_CERT_FILE"] = "/no/file"
-        self.assertIn("not trusted", self.handshake(server_context("127.0.0.1"), ca_file=None))
+        self.assertIn("not trusted", self.handshake(server_context(good), ca_file=None))
 
     def test_may_be_named_in_many_ways(self):
         """By ca_file, a bundle of the environment or a directory of hashed names; ca_file wins,
@@ -3559,51 +3558,38 @@ class TrustedCertificates(Hostile):
                 with self.assertRaisesRegex(cometlimit.ConfigurationError, words % path):
                     cometlimit.Client(api_key=KEY, ca_file=path if name == "ca_file" else None)
 
-    def test_without_key_usage_are_refused_with_a_remedy_where_python_does(self):
-        """A CA of TLS inspection that is not strict: trusted, or told what is missing."""
-        lax = certify_again("ca", "lax", extensions=(
-            "basicConstraints=CA:TRUE\nsubjectKeyIdentifier=hash"))
-        strict = getattr(ssl, "VERIFY_X509_STRICT", 0)
-        if ssl.create_default_context().verify_flags & strict:
-            self.assertRegex(self.handshake(server_context("127.0.0.1"), ca_file=lax),
-                             "Python 3.13 also demands of a CA.*key usage")
-        else:
-            with Server(reply("yes"), tls="127.0.0.1") as server:
-                self.assertEqual(self.client(server, ca_file=lax).ask("Hi"), "yes")
-
-    def test_do_not_help_an_old_protocol(self):
-        """TLS 1.1 is refused, even where the system's OpenSSL would allow it."""
+    def test_do_not_help_an_old_protocol_and_may_be_demanded_of_the_client(self):
+        """TLS 1.1 is refused even where OpenSSL would allow it; a client's certificate is told to
+        be demanded once, in the handshake or, with TLS 1.3, in the place of an answer."""
         def lax(context):
             context.set_ciphers("ALL:@SECLEVEL=0")
             if hasattr(ssl, "TLSVersion"):
                 context.minimum_version = ssl.TLSVersion.TLSv1
             return context
-        original = ssl.create_default_context
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the newest deprecate what is needed here
-            old = lax(server_context("127.0.0.1"))
-            old.options |= ssl.OP_NO_TLSv1_2 | getattr(ssl, "OP_NO_TLSv1_3", 0)
-            self.replace(ssl, create_default_context=lambda: lax(original()))
-            self.assertRegex(self.handshake(old), "TLS cannot be set up with 127.0.0.1:")
-
-    def test_of_the_client_are_told_to_be_demanded(self):
-        """Once, whenever it shows: in the handshake or, with TLS 1.3, in the place of an answer."""
-        for forbidden, size in itertools.product(("OP_NO_TLSv1_3", "OP_NO_TLSv1_2"), (1, 3000000)):
-            context = server_context("127.0.0.1")
-            context.verify_mode = ssl.CERT_REQUIRED
+        original, no = ssl.create_default_context, (getattr(ssl, "OP_NO_TLSv1_3", 0),
+                                                    ssl.OP_NO_TLSv1_2)
+        for forbidden, strict, size, words in (
+                (sum(no), False, 1, "no TLS with 127.0.0.1:"),
+                (no[0], True, 1, "may demand a cert"), (no[0], True, 3000000, "may demand a cert"),
+                (no[1], True, 1, "may demand a cert"), (no[1], True, 3000000, "may demand a cert")):
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                context.options |= getattr(ssl, forbidden, 0)
-            with self.subTest(forbidden=forbidden, size=size):
-                self.assertIn("it may demand a certificate of the client",
-                              self.handshake(context, prompt="x" * size))
+                warnings.simplefilter("ignore")  # the newest deprecate what is needed here
+                context = server_context(certificate("127.0.0.1"))
+                if strict:
+                    context.verify_mode = ssl.CERT_REQUIRED
+                else:
+                    self.replace(ssl, create_default_context=lambda: lax(original()))
+                    lax(context)
+                context.options |= forbidden
+                with self.subTest(forbidden=forbidden, size=size):
+                    self.assertIn(words, self.handshake(context, prompt="x" * size))
 
     def test_of_a_server_that_goes_away_may_come_later(self):
         """A hang-up or a reset during the handshake may pass; a server without TLS does not."""
         for line, attempts in ((hang_up(), 2), (reset(), 2), (raw(b"HTTP/1.1 400 No\r\n\r\n"), 1)):
             with self.subTest(attempts=attempts), Port(
                     lambda sock: sock.recv(1 << 16) and line.send(sock)) as server:
-                error = self.outcome_at(self.client(server.https, max_retries=1))
+                error = self.outcome_at(self.client(https(server), max_retries=1))
                 self.assertIs(type(error), cometlimit.APIConnectionError)
                 self.assertEqual((error.attempts, server.connections), (attempts, attempts), error)
 
@@ -3614,13 +3600,9 @@ class TheKeyOnTheWire(Hostile):
     def test_is_not_shown_by_debugging_aids(self):
         """Not by locals in a traceback, http.client's debug level, urllib's installed opener or
         audit hooks."""
-        class Spy(urllib.request.BaseHandler):
-            def http_request(self, request):
-                seen.append(request)
-                return request
         seen = []
-        self.addCleanup(setattr, urllib.request, "_opener", None)
-        urllib.request.install_opener(urllib.request.build_opener(Spy))
+        spy = types.SimpleNamespace(open=lambda *request: seen.append(request))
+        self.replace(urllib.request, _opener=spy)  # as install_opener() does
         self.replace(cometlimit.http.client.HTTPConnection, debuglevel=1)
         with Server(status(401)) as server, contextlib.redirect_stdout(io.StringIO()) as printed:
             error = self.client(server).submit("Hi").exception(TIMEOUT)
@@ -3635,24 +3617,17 @@ class TheKeyOnTheWire(Hostile):
                 assert "urllib.Request" in str(seen) and %r not in str(seen)""" % KEY)), (0, ""))
 
 
-SCRIPT = """\
-import os, sys, threading
-sys.path.insert(0, %r)
-%s
-import cometlimit
-def main():
-    client = cometlimit.Client(api_key=%r, base_url=%r, model="m", %s)
-%s
-main()
-"""
-ASK = '''    with client:
-        if client.ask("\\xe9\\u2028 Hi") != "\\xe9\\u2028 Hi": sys.exit("wrong")'''
+ASK = '''
+with client:
+    if client.ask("\\xe9\\u2028 Hi") != "\\xe9\\u2028 Hi": sys.exit("wrong")'''
 
 
 def start(server, before="", body=ASK, options="", flags=(), shell="exec \"$@\"", **popen):
     """A process that asks a server; its folder is not the module's."""
-    body = "\n".join(line.replace(" " * 16, "    ", 1) for line in body.split("\n"))
-    source = SCRIPT % (FOLDER, before, KEY, server.url, options, body)
+    source = "\n".join((
+        "import os, sys, threading; sys.path.insert(0, %r)" % FOLDER, before, "import cometlimit",
+        "client = cometlimit.Client(api_key=%r, base_url=%r, model='m', %s)" % (
+            KEY, server.url, options), body.replace("\n" + " " * 16, "\n")))
     return subprocess.Popen(("sh", "-c", shell, "sh", sys.executable) + tuple(flags) + (
         "-c", source), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         **popen)
@@ -3708,17 +3683,19 @@ class LockedDownPlaces(Hostile):
     def test_may_have_few_descriptors_or_none(self):
         """None is told with its remedies, not taken for a name unknown or a server's fault; those
         threads that get none leave the work to the others: nothing is lost."""
-        for options, body in (("max_retries=0", """
+        for host, options, body in (("localhost", "max_retries=0", """
                 error = next(client.map(["Hi"], return_exceptions=True))
                 if error.code != "no_socket" or "ulimit -n" not in str(error):
                     sys.exit(repr(error))
-                for fd in held: os.close(fd)"""), ("max_concurrency=12, max_delay=0.1", """
+                for fd in held: os.close(fd)"""), (
+                    "127.0.0.1", "max_concurrency=12, max_delay=0.1", """
                 for fd in held[:4]: os.close(fd)
                 prompts = list(map(str, range(24)))
                 texts = [done.text for done in client.map(prompts)]
                 if texts != prompts: sys.exit(repr(texts))
                 for fd in held[4:]: os.close(fd)""")):
             with self.subTest(options=options), Server(forever=reply_echo) as server:
+                server.url = server.url.replace("127.0.0.1", host)
                 self.assertEqual(end(start(server, "import resource", """
                 resource.setrlimit(resource.RLIMIT_NOFILE, (20, 20))
                 held = []
@@ -3757,6 +3734,7 @@ class Threads(Hostile):
 
     def test_of_a_callback_do_not_wait_for_themselves(self):
         """ask(), map() and close() in a callback or in on_record: done or refused, no deadlock."""
+        self.replace(cometlimit, _CLOSING=6.0)
         for name, place in itertools.product(("ask", "map", "close"), ("callback", "on_record")):
             began, ended = threading.Event(), threading.Event()
 
@@ -3771,7 +3749,7 @@ class Threads(Hostile):
                 call = client.submit("1")
                 if place == "callback":
                     call.add_done_callback(again)
-                self.assertTrue(ended.wait(2.0), "a deadlock")
+                self.assertTrue(ended.wait(4.0), "a deadlock")
                 self.assertEqual(call.result(TIMEOUT).text, "1")
                 client.close()
 
@@ -3816,15 +3794,14 @@ class Threads(Hostile):
         """Each has its own key, connection and limit."""
         with Server(forever=reply_echo) as one, Server(forever=reply_echo) as two:
             first, second = self.client(one), self.client(two, api_key="sk-other-key")
-            calls = [client.submit(str(n)) for n in range(20) for client in (first, second)]
-            self.assertEqual([call.result().text for call in calls],
-                             [str(n) for n in range(20) for _ in range(2)])
+            for call in [client.submit("Hi") for client in (first, second) * 20]:
+                self.assertEqual(call.result(TIMEOUT).text, "Hi")
             first.close()
             self.assertEqual(second.ask("on"), "on")
             for server, key, count in ((one, KEY, 20), (two, "sk-other-key", 21)):
-                self.assertEqual({r.headers["authorization"] for r in server.requests},
-                                 {"Bearer " + key})
-                self.assertEqual((len(server.requests), server.connections), (count, 1))
+                self.assertEqual([r.headers["authorization"] for r in server.requests],
+                                 ["Bearer " + key] * count)
+                self.assertEqual(server.connections, 1)
 
 
 class WhatFuzzingFound(CommandLine):
