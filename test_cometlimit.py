@@ -156,7 +156,7 @@ class Listener:
 
     def __enter__(self):
         self.sockets, self.threads, self.faults, self.connections = [], [], [], 0
-        self.lock, self.ending, self.listener = threading.Lock(), False, socket.socket()
+        self.ending, self.listener = False, socket.socket()
         self.listener.bind(("127.0.0.1", 0))
         self.listener.listen(128)
         self.port = self.listener.getsockname()[1]
@@ -186,9 +186,6 @@ class Listener:
         sock.settimeout(TIMEOUT)
         self.sockets.append(sock)
         return sock
-
-    def serve(self, sock, number):
-        raise NotImplementedError
 
     def __exit__(self, kind, *_):
         self.ending = True
@@ -415,6 +412,13 @@ class Case(unittest.TestCase):
         self.addCleanup(client.close)
         return client
 
+    def slow(self, line, seconds=0.5):
+        """A line of a script that takes so many seconds of the clock."""
+        def step(request):
+            self.now += seconds
+            return line
+        return step
+
     def outcome(self, *script, **options):
         """What becomes of one prompt: a Completion or an Error, once the script is played."""
         self.waits.clear()
@@ -561,38 +565,33 @@ class OneQuestion(Case):
     """ask, complete and submit."""
 
     def test_is_posted_as_a_chat_completion(self):
-        """The request is a POST of JSON with the key as a bearer and a User-Agent of its own."""
-        with Server(reply("yes")) as server, self.client(server) as client:
+        """With the key as a bearer and a User-Agent of its own. A prompt is a text, messages, or a
+        body whose fields win over parameters and options."""
+        talk = [{"role": "system", "content": "Be brief."},
+                {"role": "user", "content": [{"type": "text", "text": "Hi"}]}]
+        body = {"messages": talk, "model": "own", "temperature": 1}
+        with Server(*[reply("yes")] * 4) as server, self.client(server) as client:
             self.assertEqual(client.ask("Hi", temperature=0, stop=["é"], model="n"), "yes")
+            client.ask(talk)
+            client.ask(body, model="n", temperature=0, seed=7, stream=False)
+            list(client.map([body], seed=8))
+        self.assertEqual([request.body for request in server.requests], [
+            {"model": "n", "temperature": 0, "stop": ["é"],
+             "messages": [{"role": "user", "content": "Hi"}]},
+            {"messages": talk, "model": "m"}, dict(body, seed=7), dict(body, seed=8)])
         request = server.requests[0]
         self.assertEqual((request.method, request.path), ("POST", "/v1/chat/completions"))
-        self.assertEqual(request.body, {"model": "n", "temperature": 0, "stop": ["é"],
-                                        "messages": [{"role": "user", "content": "Hi"}]})
         expected = {"authorization": "Bearer " + KEY, "content-type": "application/json",
                     "host": "127.0.0.1:%d" % server.port,
                     "user-agent": "cometlimit/" + cometlimit.__version__}
         self.assertEqual({name: request.headers[name] for name in expected}, expected)
 
-    def test_may_be_a_conversation_or_a_body(self):
-        """Messages go out as they are; the fields of a dict win over parameters and options."""
-        talk = [{"role": "system", "content": "Be brief."},
-                {"role": "user", "content": [{"type": "text", "text": "Hi"}]}]
-        body = {"messages": talk, "model": "own", "temperature": 1}
-        with Server(*[reply("yes")] * 3) as server, self.client(server) as client:
-            client.ask(talk)
-            client.ask(body, model="n", temperature=0, seed=7, stream=False)
-            list(client.map([body], seed=8))
-        self.assertEqual([request.body for request in server.requests], [
-            {"messages": talk, "model": "m"}, dict(body, seed=7), dict(body, seed=8)])
-
     def test_is_answered_by_a_completion(self):
         """It holds what the answer said and took; without content it has an empty text."""
-        def slow(request):
-            self.now += 2.5
-            return reply("yes", {"x-cometapi-request-id": "r1"}, id="c1")
-        done = self.outcome(status(503), slow)
+        done = self.outcome(status(503), self.slow(
+            reply("yes", {"x-cometapi-request-id": "r1"}, id="c1")))
         self.assertEqual(done[:-1], ("yes", "m-2024", "stop", {
-            "prompt_tokens": 2, "completion_tokens": 3}, "r1", 2, 2.5))
+            "prompt_tokens": 2, "completion_tokens": 3}, "r1", 2, 0.5))
         self.assertEqual(done.body["id"], "c1")
         for message in ({"content": None, "tool_calls": [{}]}, {}):
             done = self.outcome(reply("", choices=[{"message": message, "finish_reason": "x"}]))
@@ -636,16 +635,13 @@ class OneQuestion(Case):
         """In the line it is not sent, nor at the last moment; nobody waits for it in vain."""
         gate, ran, late = threading.Event(), [], []
 
-        def first(request):
-            gate.wait(TIMEOUT)
-            return reply("a")
-
         def leave(*args, **named):
             self.until(lambda: late)
             late[0].cancel()
             return leaves(*args, **named)
         leaves = urllib.request.OpenerDirector.open
-        with Server(first, reply("b")) as server, self.client(server) as client:
+        with Server(lambda _: gate.wait(TIMEOUT) and reply("a"), reply("b")) as server, \
+                self.client(server) as client:
             calls = [client.submit("a")]
             server.await_requests(1)
             calls += [client.submit("x"), client.submit("b")]
@@ -712,11 +708,9 @@ class AnEndpoint(Case):
     def test_needs_no_key_over_http(self):
         """Which goes to this machine or, with allow_http=True, to any other."""
         with Server(reply("yes"), reply("yes")) as server:
-            for host in ("127.0.0.1", "0.0.0.0"):
-                url = server.url.replace("127.0.0.1", host)
+            for url in (server.url, server.url.replace("127.0.0.1", "0.0.0.0")):
                 self.client(server, api_key=None, base_url=url).ask("Hi")
-        for request in server.requests:
-            self.assertNotIn("authorization", request.headers)
+        self.assertFalse([1 for request in server.requests if "authorization" in request.headers])
         url = "http://gpu7:8000/v1"
         self.assertEqual(cometlimit.Client(base_url=url, allow_http=True).base_url, url)
 
@@ -1240,16 +1234,10 @@ class ARecord(Case):
     def test_tells_everything_of_its_attempt(self):
         """It goes to on_record, to the logger and to the error, field by field."""
         self.throttle(wait=lambda *_: 0.0)
-
-        def slow(line):
-            def step(request):
-                self.now += 0.5
-                return line
-            return step
         records, tag = [], {"row": 7}
-        with self.assertLogs("cometlimit", "DEBUG") as logs, Server(
-                slow(failure("busy", 429, message="x (request id: r7)")), slow(raw(b"HTTP")),
-                slow(status(503)), slow(reply("yes", {"x-request-id": "r8"}))) as server:
+        with self.assertLogs("cometlimit", "DEBUG") as logs, Server(*map(self.slow, (
+                failure("busy", 429, message="x (request id: r7)"), raw(b"HTTP"), status(503),
+                reply("yes", {"x-request-id": "r8"})))) as server:
             with self.client(server, on_record=records.append) as client:
                 client.submit("Hi", tag=tag).result(TIMEOUT)
         self.assertNotIn("tag", server.requests[0].body)
@@ -1317,12 +1305,8 @@ class TheMetrics(Case):
 
     def test_add_up(self):
         """Requests, answers, statuses, retries, tokens and latencies."""
-        def after(seconds, line=reply("yes")):
-            def step(request):
-                self.now += seconds
-                return line
-            return step
-        with Server(after(1, status(503)), *[after(number) for number in range(1, 21)]) as server:
+        with Server(status(503), *[self.slow(reply("yes"), number)
+                                   for number in range(1, 21)]) as server:
             with self.client(server) as client:
                 empty = client.metrics
                 list(client.map(["Hi"] * 19))
