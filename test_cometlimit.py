@@ -1116,8 +1116,9 @@ class ALimit(Case):
 
     def test_serves_first_who_came_first(self):
         """A retry goes behind those that wait already, and before those that come later, even in
-        its backoff."""
-        self.throttle(wait=lambda *_: 0.0)
+        its backoff. Refused again, though later ones were answered, it says nothing about load."""
+        told = []
+        self.throttle(wait=lambda *_: 0.0, refused=lambda own, *rest: told.append(rest[2:]))
         lined, back, end = set(), threading.Event(), threading.Event()
 
         def wait(condition, seconds):
@@ -1142,13 +1143,16 @@ class ALimit(Case):
                 self.until(lambda: len(lined) == 3)  # d
                 back.set()
                 self.until(lambda: len(lined) == 4)  # a
+            elif number == 5:
+                return status(503)
             return reply_echo(request)
         with Server(forever=line) as server:
             with self.client(server, deadline=1e6, max_concurrency=2) as client:
                 for number, prompt in enumerate("zabc"):
                     client.submit(prompt)
                     server.await_requests(min(2, number + 1))
-        self.assertEqual([request.prompt for request in server.requests], list("zabcad"))
+        self.assertEqual([request.prompt for request in server.requests], list("zabcada"))
+        self.assertEqual(told, [(503, None)])
 
     def test_wakes_whom_an_answer_lets_go(self):
         """A server with one slot that rests half a second takes no longer than its rests."""
@@ -1195,29 +1199,6 @@ class ALimit(Case):
                 for number in range(12):
                     client.submit("Hi", model="abc"[number % 3])
             self.assertGreaterEqual(time.monotonic() - start, 11 / 50)
-
-    def test_is_not_told_by_a_prompt_that_is_refused_each_time(self):
-        """Refused again though later prompts were answered, it says nothing about load."""
-        for between, expected in ((False, [429, 429]), (True, [429])):
-            told, go = [], threading.Event()
-            self.throttle(wait=lambda *_: 0.0,
-                          refused=lambda own, ticket, now, status, *_: told.append(status))
-
-            def wait(condition, seconds):
-                self.until(go.is_set, lambda: condition.wait(0.001))
-                self.now += seconds
-            cometlimit._wait = wait
-            refused = [status(429), status(429)]
-            with self.subTest(between=between), Server(forever=lambda request: (
-                    refused.pop() if request.prompt == "x" and refused else reply("y"))) as server:
-                with self.client(server) as client:
-                    call = client.submit("x")
-                    server.await_requests(1)
-                    if between:
-                        client.ask("y")
-                    go.set()
-                    self.assertEqual(call.result(TIMEOUT).attempts, 3)
-            self.assertEqual(told, expected)
 
     def test_is_told_to_the_logger(self):
         """What is tried again, and when the limit was met, is logged as information."""
