@@ -1119,10 +1119,11 @@ class ALimit(Case):
         its backoff. Refused again, though later ones were answered, it says nothing about load."""
         told = []
         self.throttle(wait=lambda *_: 0.0, refused=lambda own, *rest: told.append(rest[2:]))
-        lined, back, end = set(), threading.Event(), threading.Event()
+        lined, rests, back, end = set(), [], threading.Event(), threading.Event()
 
         def wait(condition, seconds):
             if seconds < 1000.0:  # in backoff
+                rests.append(condition)
                 self.until(back.is_set, lambda: condition.wait(0.001))
                 self.now += seconds
             else:
@@ -1138,20 +1139,25 @@ class ALimit(Case):
                 self.until(lambda: len(lined) == 2)  # b and c
                 return status(503)
             elif number == 3:
-                client.submit("d").add_done_callback(lambda _: end.set())
+                client.submit("d")
+                client.submit("e").add_done_callback(lambda _: end.set())
             elif number == 4:
                 self.until(lambda: len(lined) == 3)  # d
                 back.set()
                 self.until(lambda: len(lined) == 4)  # a
             elif number == 5:
+                self.until(lambda: len(lined) == 5)  # e
+                lined.remove(rests[0])
                 return status(503)
+            elif number == 6:
+                self.until(lambda: len(lined) == 5)  # a once more
             return reply_echo(request)
         with Server(forever=line) as server:
             with self.client(server, deadline=1e6, max_concurrency=2) as client:
                 for number, prompt in enumerate("zabc"):
                     client.submit(prompt)
                     server.await_requests(min(2, number + 1))
-        self.assertEqual([request.prompt for request in server.requests], list("zabcada"))
+        self.assertEqual([request.prompt for request in server.requests], list("zabcadea"))
         self.assertEqual(told, [(503, None)])
 
     def test_wakes_whom_an_answer_lets_go(self):
@@ -1522,7 +1528,13 @@ class TheEnd(Case):
     def test_is_quick(self):
         """By an exception in the with block: all that waits fails, what is in flight is hung up on.
         By stop(): what is in flight comes back, but is not tried again."""
+        def wait(condition, seconds):  # who waits is slow to go, and must not be sent meanwhile
+            condition.wait(min(seconds, TIMEOUT))
+            condition.release()
+            time.sleep(0.1)
+            condition.acquire()
         self.real_time()
+        cometlimit._wait = wait
         for way in ("closed", "stopped"):
             seen, gate = threading.Event(), threading.Event()
 
@@ -1532,7 +1544,8 @@ class TheEnd(Case):
                 return reply_echo(request) if request.prompt == "flies" else status(503)
             with self.subTest(way=way), Server(forever=line) as server:
                 with contextlib.suppress(ZeroDivisionError), self.client(
-                        server, max_concurrency=2, on_record=lambda _: seen.set()) as client:
+                        server, max_concurrency=2, deadline=1e6,
+                        on_record=lambda _: seen.set()) as client:
                     calls = [client.submit("rests", model="n")]  # in backoff
                     self.assertTrue(seen.wait(TIMEOUT))
                     calls += [client.submit("flies"), client.submit("fails")]
