@@ -609,6 +609,7 @@ class _Pool:
             for call in calls:
                 if call in self.calls and not call.given_up:
                     call.given_up = why
+                    self.gate.strike_off(call)
                     call.changed.notify()
                     if call.ticket is not None and call.request is not None:
                         call.request.hang_up()
@@ -686,20 +687,24 @@ class _Gate:
 
     def turn(self, call: _Call) -> bool:
         """Wait until the call may be sent; False when it may not be any more."""
-        waiting, entry = call.model.waiting, (call.place, call)
         with self.lock:
             self.entered = max(self.entered, call.place[0])
-            bisect.insort(waiting, entry)
+            bisect.insort(call.model.waiting, (call.place, call))
             while call.ticket is None and not call.given_up and _now() < call.expires:
                 due = self._admit()
                 if call.ticket is None:
                     self._await(call, due)
             if call.ticket is None:
-                waiting.remove(entry)
+                self.strike_off(call)
             if self.watcher is call:
                 self.watcher, self.wakes_at = None, math.inf
                 self._look()
             return call.ticket is not None
+
+    def strike_off(self, call: _Call) -> None:
+        """Whoever is given up must not get a turn before it has gone."""
+        with contextlib.suppress(ValueError):
+            call.model.waiting.remove((call.place, call))
 
     def leave(self, call: _Call) -> None:
         """Its attempt has ended. If it comes again it follows those that wait now."""
