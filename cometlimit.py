@@ -1364,7 +1364,8 @@ def _translate(fault: BaseException, request: _Request,
     if isinstance(fault, _Refused):
         words = "%s refuses: %d %s" % ((place,) + fault.args)
         if fault.args[0] == 407:
-            words += " (its login: http://user:password@host:port in https_proxy)"
+            words += (" (login for the proxy: http://user:password@host:port in "
+                      "https_proxy)")
         return _passing(words, 503, math.inf if fault.args[0] in RETRYABLE else 1)
     if ssl and isinstance(fault, (ssl.SSLError, ssl.CertificateError)):
         words = _tls_words(text)
@@ -1393,7 +1394,8 @@ def _tls_words(text: str) -> str:
         return ("the server's certificate is not trusted. Where the network inspects "
                 "TLS, give its CA as ca_file=, SSL_CERT_FILE or REQUESTS_CA_BUNDLE "
                 "(Python 3.13 also demands a CA that states its key usage). ")
-    if re.search("ALERT_(BAD_|NO_)?CERTIFICATE|ALERT_HANDSHAKE_FAILURE", text):
+    # As words where Python has no name for the alert: 3.6 with TLS 1.3.
+    if re.search("(?i)alert.(bad.|no.)?certificate|alert.handshake.failure", text):
         return "the server refuses us: it may demand a certificate of the client. "
     return ""
 
@@ -1894,24 +1896,29 @@ class _Endpoint:
         self.base_url = self.hide(urllib.parse.urlunsplit(parts))
         self.route = parts.path + "/chat/completions"
         parts = parts._replace(path=self.route)
-        self.url = self.target = urllib.parse.urlunsplit(parts)
+        self.url = urllib.parse.urlunsplit(parts)
         self.address = (host, parts.port or (443 if secure else 80))
-        self.context = _tls_context(ca_file) if secure else None
-        self.proxy, login = _proxy(parts, allow_http)
-        self.connect, self.hint = b"", ""
         self.place = ("[%s]:%d" if ":" in host else "%s:%d") % self.address
-        if self.proxy is None or secure:  # else the proxy is asked for the whole URL
+        self.context = _tls_context(ca_file) if secure else None
+        self._go_through(*_proxy(parts, allow_http))
+
+    def _go_through(self, proxy: Optional[Tuple[str, int]], login: str) -> None:
+        """A proxy, if there is one: by a CONNECT for https; for http it gets the URL."""
+        parts = urllib.parse.urlsplit(self.url)
+        self.proxy, self.connect, self.hint = proxy, b"", ""
+        self.target = self.url  # that is asked for in the first line of each request
+        if proxy is None or self.context:
             self.target = urllib.parse.urlunsplit(("", "") + parts[2:])
-        if self.proxy is not None:
-            if secure:
-                login = login and "Proxy-Authorization: %s\r\n" % login
-                self.connect = "CONNECT {0} HTTP/1.1\r\nHost: {0}\r\n{1}\r\n".format(
-                    self.place, login).encode()
-            elif login:
-                self.secrets["Proxy-Authorization"] = login
-            self.place = "the proxy %s:%d" % self.proxy
-        elif os.environ.get("all_proxy") or os.environ.get("ALL_PROXY"):
-            self.hint = " (all_proxy is not used: name the proxy in https_proxy)"
+        if proxy is None:
+            if os.environ.get("all_proxy") or os.environ.get("ALL_PROXY"):
+                self.hint = " (all_proxy is not used: name the proxy in https_proxy)"
+            return
+        if self.context:
+            self.connect = "CONNECT {0} HTTP/1.1\r\nHost: {0}\r\n{1}\r\n".format(
+                self.place, login and "Proxy-Authorization: %s\r\n" % login).encode()
+        elif login:
+            self.secrets["Proxy-Authorization"] = login
+        self.place = "the proxy %s:%d" % proxy
 
 
 def _check_options(client: Client) -> None:
