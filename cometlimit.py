@@ -2874,7 +2874,7 @@ class _Job:
     def _fill(self) -> bool:
         """Ask rows while there is room. Returns whether more may come from a pipe."""
         try:
-            while not self.reason and len(self.calls) < 2 * self.options.max_concurrency:
+            while not self.reason and len(self.calls) < self._width():
                 if self.is_reading:
                     self._read()
                 n = self._next()
@@ -2886,6 +2886,12 @@ class _Job:
                 raise ConfigurationError(str(fault)) from None  # nothing was sent
             self._stop(str(fault))
         return self.is_reading and not self.reason
+
+    def _width(self) -> int:
+        """The most rows under way: fewer where, before the first answer, some have failed."""
+        width = self.options.max_concurrency
+        return 2 * width if self.screen.answers else max(
+            min(_ALIKE, width) if self.doubted else 1, width - sum(self.alike.values()))
 
     def _read(self) -> None:
         """Take from a pipe what is there, as far as there is room for it."""
@@ -2906,7 +2912,8 @@ class _Job:
         """The next row to ask: new ones before those that failed in an earlier run, and of
         models in doubt only samples. None: none for now."""
         for model in self.doubted - set(self.gone):
-            if len(self.samples) < _ALIKE:
+            failed = sum(count for key, count in self.alike.items() if key[::2] == (model, True))
+            if len(self.samples) + failed % _ALIKE < _ALIKE:
                 for n in self._elsewhere():
                     if self.todo[n] and self.models[n] == model:
                         self.samples.add(n)
