@@ -2072,7 +2072,6 @@ def _proxy(server: urllib.parse.SplitResult,
 
 # The command line
 
-
 _EPILOG = """\
 examples:
   python3 cometlimit.py --demo
@@ -2086,22 +2085,15 @@ sends only what is missing or failed. TEXT and JSON may be @FILE. Exit status:
 0 all answered, 1 some failed, 2 nothing sent, 3 stopped early (run it again),
 128 + N ended by signal N."""
 
-_TICK, _DRAW, _PLAIN = 0.05, 0.25, 30.0  # seconds: a look at signals and at a pipe; progress
-_GRACE = 5.0        # seconds that a stopped run leaves to what is in flight
-_UNREACHED = 60.0   # seconds after which a server that was never reached ends the run
-_ALIKE = 5          # rows that fail alike, no answer between: that may be no matter of theirs
-_PATIENCE = 50      # rows from elsewhere before failures that may pass end their model's
-_DONE, _NEW, _FAILED = 0, 1, 2  # a row's state: failed in an earlier run
+_TICK = 0.05       # seconds between two looks at signals and at a pipe
+_DRAW = 0.25       # seconds between two drawings of the progress on a terminal,
+_PLAIN = 30.0      # and between two lines of it elsewhere
+_GRACE = 5.0       # seconds that a stopped run leaves to what is in flight
+_UNREACHED = 60.0  # seconds after which a server that was never reached ends the run
+_ALIKE = 5         # rows of a model that fail alike, no answer between: it is in doubt
+_PATIENCE = 50     # rows from elsewhere before failures that may pass end its part
 _SHARED = frozenset({301, 302, 303, 307, 308, 401, 402, 403, 404, 405, 429, 503})
-_NO_ROWS = tuple((re.compile(pattern, re.S).match, what) for pattern, what in (
-    (br"\xff\xfe|\xfe\xff|.*\0", "UTF-16 or UTF-32: save it as UTF-8"),
-    (br"\x1f\x8b|PK\x03\x04|\xfd7zXZ|BZh\d|\x28\xb5\x2f\xfd|PAR1", "packed: unpack it first"),
-    (br'[\[{]$|\[\s*\{|\[.*\]$|\[\s*".*",$', "a JSON document: give each row a line of its own")))
-
-
-def _script() -> None:
-    """The console script."""
-    sys.exit(main())
+_DONE, _NEW, _FAILED = 0, 1, 2  # what is to be done with a row; _FAILED: once before
 
 
 def main(argv: Optional[List[str]] = None) -> int:
@@ -2135,7 +2127,8 @@ def _in_our_words(text: str) -> str:
             (r", or pass api_key=", ""), (r"Client\(model=.*\)", "-m MODEL"),
             (r"see Client\(.*\)", "see --help"), (r"\bheaders=", "--header"),
             (r"timeout= \(or deadline=\)|^timeout\b", "--timeout"),
-            (r"\b(max|allow|ca)_(concurrency|rate|retries|http|file)(=True)?", r"--\1-\2")):
+            (r"\b(max|allow|ca)_(concurrency|rate|retries|http|file)(=True)?",
+             r"--\1-\2")):
         text = re.sub(pattern, words, text)
     return text
 
@@ -2147,24 +2140,26 @@ def _options(argv: Optional[List[str]]) -> Any:
         options.prompts, options.input_file = [], "-"
     by_hand = options.input_file in (None, "-") and not options.output_file
     options.form = "text" if options.text else "array" if by_hand else "rows"
+    files = options.input_file, options.output_file, options.joblog
     for wrong, words in (
             # Without values: one of them may be a key.
             (unknown, "unknown: " + " ".join(word.split("=")[0] for word in unknown)),
-            (options.prompts and options.input_file, "give either prompts or -i"),
-            (options.input_file == "-" and (sys.stdin is None or sys.stdin.isatty()),
+            (options.prompts and files[0], "give either prompts or -i"),
+            (files[0] == "-" and (sys.stdin is None or sys.stdin.isatty()),
              "nothing to ask: give prompts, -i FILE or lines on stdin"),
-            (not (options.model or options.demo) if by_hand else options.model == "",
+            (by_hand and not (options.model or options.demo) or options.model == "",
              "name a model: -m MODEL"),
-            (options.text and options.output_file, "--text goes to stdout, not to -o"),
-            ("" in (options.input_file, options.output_file, options.joblog),
-             "-i, -o and --joblog take the name of a file")):
+            (options.text and files[1], "--text goes to stdout, not to -o"),
+            ("" in files, "-i, -o and --joblog take the name of a file")):
         if wrong:
             parser.error(words)
     try:
-        options.system = options.system and _or_file(options.system).rstrip("\r\n")
-        options.param = dict(map(_param, options.param))
+        options.system = options.system and _or_file(options.system)
+        options.param = {name: _json_or_word(_or_file(text)) for name, text in (
+            _pair(word, "=", "--param is NAME=JSON") for word in options.param)}
         _payload("x", dict({"model": "x"}, **options.param))
-        options.header = dict(map(_header, options.header))
+        options.header = dict(_pair(line, ":", "--header is NAME: VALUE")
+                              for line in options.header)
         options.shard = _shard(options.shard)
     except (ValueError, OSError) as fault:
         parser.error(_in_our_words(str(fault)))
@@ -2178,7 +2173,7 @@ def _parser() -> Any:
         usage="cometlimit -m MODEL [PROMPT ... | -i FILE] [-o FILE] ... (more: --help)",
         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     add = parser.add_argument
-    add("prompts", nargs="*", type=_utf8, metavar="PROMPT", help="or - for lines on stdin")
+    add("prompts", nargs="*", type=_utf8, metavar="PROMPT", help="or -: lines on stdin")
     add("-m", "--model", type=_utf8, help="for rows that name none")
     add("-i", "--input-file", metavar="FILE", help="rows to ask; - is stdin")
     add("-o", "--output-file", metavar="FILE", help="rows of results; - is stdout")
@@ -2186,9 +2181,8 @@ def _parser() -> Any:
     add("--max-rate", type=float, metavar="N", help="most requests a second")
     add("--max-retries", type=int, default=4, metavar="N", help="after the first try (4)")
     add("--timeout", type=float, default=600.0, metavar="SEC", help="of one try (600)")
-    add("--param", action="append", default=[], type=_utf8, metavar="NAME=JSON",
-        help="a field of each body")
-    add("--system", type=_utf8, metavar="TEXT", help="a system message before each prompt")
+    add("--param", action="append", default=[], type=_utf8, metavar="NAME=JSON")
+    add("--system", type=_utf8, metavar="TEXT", help="a system message for each prompt")
     add("--text", action="store_true", help="answers as bare text")
     add("--shard", default="1/1", metavar="I/N", help="of every N rows the I-th")
     add("--joblog", metavar="FILE", help="append a JSON line for every attempt")
@@ -2217,26 +2211,23 @@ def _or_file(value: str) -> str:
     if value[:1] != "@":
         return value
     with open(value[1:].encode(), encoding="utf-8-sig") as file:
-        return file.read()
+        return file.read().rstrip("\r\n")
 
 
-def _param(word: str) -> Tuple[str, Any]:
-    """NAME=JSON; a word that cannot be meant as JSON is a text."""
-    name, equals, text = word.partition("=")
-    text = _or_file(text).strip()
-    value = _loosely(text)
-    is_broken = value in (text, None) and re.match(
-        r"[\[{\"']|(?i:[-+.]?\d[\d.,_]*|true|false|none|nan|[-+]?inf(inity)?|)$", text)
-    if is_broken or not (name and equals):
-        raise ValueError("--param is NAME=JSON, not %s" % word)
+def _pair(word: str, sign: str, form: str) -> Tuple[str, str]:
+    name, found, value = map(str.strip, word.partition(sign))
+    if not (name and found):
+        raise ValueError("%s, not %s" % (form, name))
     return name, value
 
 
-def _header(line: str) -> Tuple[str, str]:
-    name, colon, value = line.partition(":")
-    if not colon:
-        raise ValueError("--header is 'NAME: VALUE'")
-    return name.strip(), value.strip()
+def _json_or_word(text: str) -> Any:
+    """A value of JSON; what cannot be meant as such is a text."""
+    value = _loosely(text)
+    if value in (text, None) and re.match(
+            r"[\[{\"']|(?i:[-+.]?\d[\d.,_]*|true|false|none|nan|[-+]?inf(inity)?|)$", text):
+        raise ValueError("a value of --param is no JSON: " + text)
+    return value
 
 
 def _shard(text: str) -> range:
@@ -2249,74 +2240,82 @@ def _shard(text: str) -> range:
 # Rows
 
 
+_NO_ROWS = tuple((re.compile(pattern, re.S).match, what) for pattern, what in (
+    (br"\xff\xfe|\xfe\xff|.*\0", "UTF-16 or UTF-32: save it as UTF-8"),
+    (br"\x1f\x8b|PK\x03\x04|\xfd7zXZ|BZh\d|\x28\xb5\x2f\xfd|PAR1", "packed: unpack it"),
+    (br'[\[{]$|\[\s*\{|\[\s*".*[",\]]$', "a JSON document: give each row a line")))
+# A line of CSV with a field in quotes; one alone is a prompt.
+_is_csv = re.compile(br'(?=.*")("(""|[^"])*"|[^",]+)(,("(""|[^"])*"|[^",]*))*$').match
+
+
 class _Input:
-    """The lines that hold rows: a file's, which can be read again, a pipe's, or the prompts.
+    """The lines that hold rows: of a file, which can be read again, of a pipe, or prompts.
 
     A file is read no further than it was long at the start: rows that are appended
     meanwhile are left to the next run.
     """
 
-    def __init__(self, file: Any, prompts: List[str]) -> None:
-        self.prompts, self.fd = prompts, -1 if file is None else file.fileno()
-        self.is_file = file is not None and os.path.isfile(self.fd)
-        self.is_known = self.is_file or file is None  # before any row is asked
-        self.start = os.lseek(self.fd, 0, os.SEEK_CUR) if self.is_file else 0
-        self.end = os.fstat(self.fd).st_size if self.is_file else 0
-        self.index = array.array("q")  # of a file: number, start and size of each row's line
-        self.lines: Dict[int, Tuple[int, bytes]] = {}  # of others: those not asked yet
-        self.is_json = False           # its first row is
+    def __init__(self, fd: int, prompts: List[str]) -> None:
+        self.fd, self.start, self.is_json = fd, 0, False
+        text = "\n".join(json.dumps({"prompt": prompt}) for prompt in prompts).encode()
+        self.end = len(text)
+        self.read: Callable[[int, int], bytes] = lambda size, at: text[at:at + size]
+        self.is_pipe = not prompts and not os.path.isfile(fd)
+        if not (prompts or self.is_pipe):
+            self.start, self.end = os.lseek(fd, 0, os.SEEK_CUR), os.fstat(fd).st_size
+            self.read = lambda size, at: os.pread(fd, size, at)
+        self.index = array.array("q")  # number, start and size of each row's line
+        self.lines: Dict[int, Tuple[int, bytes]] = {}  # of a pipe: not asked yet
 
     def scan(self, shard: range) -> Iterator[Optional[int]]:
         """The shard's rows, counted from 0; None where a pipe has nothing to read yet."""
-        count = row = number = 0
-        start, lines = self.start, self._read() if self.fd >= 0 else (
-            json.dumps({"prompt": text}).encode() for text in self.prompts)
-        for line in lines:
+        count = row = number = quoted = 0
+        start = self.start
+        for line in self._lines():
             if line is None:
                 yield None
                 continue
             text, number = _strip(line), number + 1
             if text and not count:
                 self._refuse(text)
+            quoted += bool(_is_csv(text))
+            if quoted > 1:
+                raise ConfigurationError('the input is CSV: write {"prompt": ...} rows')
             if text and count in shard:
-                if self.is_file:
-                    self.index.extend((number, start, len(line)))
-                else:
+                if self.is_pipe:
                     self.lines[row] = number, text
+                else:
+                    self.index.extend((number, start, len(line)))
                 yield row
                 row += 1
             count, start = count + bool(text), start + len(line) + 1
 
     def get(self, row: int) -> Tuple[int, bytes]:
         """The number and the text of a row's line."""
-        if not self.is_file:
+        if self.is_pipe:
             return self.lines[row]
         number, start, size = self.index[3 * row:3 * row + 3]
-        line = os.pread(self.fd, size, start)
+        line = self.read(size, start)
         if len(line) < size:
             raise OSError("the input was cut short meanwhile")
         return number, _strip(line)
 
     def _refuse(self, first: bytes) -> None:
-        """Raise ConfigurationError where a first line shows that there are no rows."""
         self.is_json = first[:1] == b"{"
         for matches, what in _NO_ROWS:
             if matches(first):
                 raise ConfigurationError("the input is " + what)
 
-    def _read(self) -> Iterator[Optional[bytes]]:
-        """Lines: only \\n ends one, as other ends may stand inside of strings."""
+    def _lines(self) -> Iterator[Optional[bytes]]:
+        """Lines as bytes: only \\n ends one, others may stand inside of strings."""
         at, parts, data = self.start, [], None  # type: int, List[bytes], Optional[bytes]
         while data != b"":
-            if self.is_file:
-                data = os.pread(self.fd, min(1 << 16, self.end - at), at)
-                at += len(data)
-            elif select.select([self.fd], [], [], 0)[0]:
-                data = os.read(self.fd, 1 << 16)
-            else:
+            if self.is_pipe and not select.select([self.fd], [], [], 0)[0]:
                 yield None
                 continue
-            lines = data.split(b"\n")
+            data = os.read(self.fd, 1 << 16) if self.is_pipe else self.read(
+                min(1 << 16, self.end - at), at)
+            at, lines = at + len(data), data.split(b"\n")
             parts.append(lines[0])
             if not data or len(lines) > 1:
                 yield b"".join(parts)
@@ -2337,11 +2336,12 @@ class _Row(NamedTuple):
     problem: Optional[ConfigurationError]  # why it cannot be asked
 
 
-def _row(number: int, line: bytes, is_json: bool, options: Any) -> _Row:
-    name, body, problem = "line-%d" % number, {}, None
+def _row(source: _Input, n: int, options: Any) -> _Row:
+    (number, line), body, problem = source.get(n), {}, None
+    name = "line-%d" % number
     try:
         text = line.decode("utf-8")
-        value = _parse(text) if text[0] == "{" else _loosely(text) if is_json else text
+        value = _parse(text) if text[0] == "{" else _loosely(text) if source.is_json else text
         if value is text:
             value = {"prompt": text}
         if not isinstance(value, dict):
@@ -2434,6 +2434,7 @@ def _stdout() -> Callable[[bytes], Any]:
 
 class _Stream:
     """Results to a pipe, in the order of the rows: what comes early is held back."""
+    tokens, skipped, found = 0, 0, ()  # which a checkpoint has
 
     def __init__(self, write: Callable[[bytes], Any], form: str) -> None:
         self.write, self.form = write, form
@@ -2452,12 +2453,17 @@ class _Stream:
             self.write(self.early.pop(self.written))
             self.written += 1
 
-    def look(self) -> None:
+    def meet(self, row: _Row) -> int:
+        return _NEW
+
+    def begin(self) -> None:
         """A pipe needs no care."""
+
+    look = begin
 
     def close(self, rows: int) -> None:
         for n in range(self.written, rows):  # after a stop there may be gaps
-            if n >= self.written and n not in self.early:
+            if n not in self.early:
                 self.put(n, None, None)
         if self.form == "array":
             self.write(b"]\n" if rows else b"[]\n")
@@ -2472,14 +2478,14 @@ class _Checkpoint:
     """
     written = sys.maxsize  # no row waits for those before it
 
-    def __init__(self, fd: int, path: str) -> None:
-        self.fd, self.path = fd, path
+    def __init__(self, fd: int, path: str, skip_failed: bool) -> None:
+        self.fd, self.path, self.skip_failed = fd, path, skip_failed
         # The offset + 1 of each row's line: negative for a failure; 0: there is none.
         self.places = array.array("q")
         # By id, of rows not met yet: the same << 64, with the mark or, of a failure, whether
         # it was one for good. Tuples would take 100 bytes more for each.
         self.found: Dict[str, int] = {}
-        self.lines = self.end = self.tokens = 0
+        self.lines = self.end = self.tokens = self.skipped = 0
         self.gap = b""  # what is missing at the end
         self._lock()
         self._load()
@@ -2529,13 +2535,15 @@ class _Checkpoint:
             found = re.match("batch_req_[0-9a-f]{16}(_[0-9a-f]{16})?$", str(result.get("id")))
             # Rows of other programs have no mark, and those of version 1.0 one that fits none.
             self.found[name] = place | (int((found.group(1) or "_1")[1:], 16) if found else 0)
-            self.tokens += _tokens(body.get("usage"))
+            usage = body.get("usage") or {}
+            self.tokens += sum(usage.get(name) or 0
+                               for name in ("prompt_tokens", "completion_tokens"))
         elif self.found.get(name, 0) <= 0:
             code = str(error["code"]) if isinstance(error, dict) and "code" in error else ""
             self.found[name] = -(place | (
                 status not in RETRYABLE | {401, 402} if status else code[:8] == "invalid_"))
 
-    def meet(self, row: _Row, skip_failed: bool) -> int:
+    def meet(self, row: _Row) -> int:
         """The state of the input's next row. Raises ConfigurationError if what was answered
         is another question."""
         found = self.found.get(row.id, 0)
@@ -2547,8 +2555,9 @@ class _Checkpoint:
                 "Name another -o, or delete such rows" % (self.path, row.id))
         self.places[-1] = place if found > 0 else -place
         self.found.pop(row.id, None)
-        is_kept = found > 0 or found < 0 and skip_failed and mark
-        return _DONE if is_kept else _FAILED if found else _NEW
+        is_skipped = found < 0 and self.skip_failed and mark > 0
+        self.skipped += is_skipped
+        return _DONE if found > 0 or is_skipped else _FAILED if found else _NEW
 
     def put(self, n: int, row: Optional[_Row], outcome: Any) -> None:
         if row is None:
@@ -2562,6 +2571,9 @@ class _Checkpoint:
             raise
         self.places[n] = place if isinstance(outcome, Completion) else -place
         self.lines, self.end, self.gap = self.lines + 1, self.end + len(line), b""
+
+    def begin(self) -> None:
+        os.ftruncate(self.fd, self.end)  # half a row is no row
 
     def look(self) -> None:
         """See that what was written is safe, and still there."""
@@ -2609,12 +2621,6 @@ class _Checkpoint:
         self._lock()
 
 
-def _tokens(usage: Any) -> int:
-    counts = map((usage if isinstance(usage, dict) else {}).get,
-                 ("prompt_tokens", "completion_tokens"))
-    return sum(count for count in counts if isinstance(count, int))
-
-
 # A run
 
 
@@ -2625,13 +2631,13 @@ class _Screen:
         self.options = options
         self.total: Optional[int] = None  # rows, if that is known beforehand
         self.kept = self.answers = self.failures = self.tokens = 0
-        self.errors: Dict[str, List[Any]] = {}  # by code: how many, the first, ids
+        self.errors: Dict[str, List[Any]] = {}  # by code: how many, the first one, ids
         self.trouble, self.trouble_at = "", -math.inf  # the last attempt that failed
         self.is_reached = False
         self.began = self.due = time.monotonic()
         self.past = collections.deque([(self.began, 0)])  # what was done by when
         shared = options.output_file in (None, "-") and sys.stdout and sys.stdout.isatty()
-        self.bar = not (options.quiet or shared or sys.stderr is None) and sys.stderr.isatty()
+        self.bar = not (options.quiet or shared) and sys.stderr and sys.stderr.isatty()
 
     def attempt(self, record: Record, place: str) -> None:
         self.tokens += record.prompt_tokens + record.completion_tokens
@@ -2640,74 +2646,70 @@ class _Screen:
             if not self.trouble:
                 self.due = 0.0  # the first one is shown at once
             self.trouble_at, self.trouble = time.monotonic(), (
-                "%s %s" % (record.status, record.error.replace("http_%s" % record.status, ""))
-                if record.status else "no connection to " + place
-                if record.error.startswith("connect") else record.error)
+                "no connection to " + place if record.error.startswith("connect") else
+                "%s %s" % (record.status or "", record.error))
 
     def count(self, row: _Row, outcome: Union[Completion, Error]) -> None:
         if not isinstance(outcome, Error):
             self.answers += 1
             return
         self.failures += 1
-        if self.options.form != "rows":
-            _say("cometlimit: %s: %s" % (row.id, _in_our_words(str(outcome))))
-        kind = self.errors.setdefault(_code(outcome), [0, _in_our_words(str(outcome)), []])
+        text, form = _in_our_words(str(outcome)), self.options.form
+        if form != "rows":
+            _say("cometlimit: %s: %s" % (row.id, text))
+        kind = self.errors.setdefault(_code(outcome), [0, text, []])
         kind[0] += 1
-        kind[2] += [row.id] if kind[0] <= 10 else ["..."] if kind[0] == 11 else []
+        if kind[0] <= 10:
+            kind[2].append(row.id)
 
     def draw(self, client: Client, stopping: str) -> None:
-        """Show the progress, if that is due."""
+        """Show how the run goes, if that is due."""
         now = time.monotonic()
-        if self.options.quiet or now < self.due:
-            return
-        self.due = now + (_DRAW if self.bar else _PLAIN)
-        width = shutil.get_terminal_size().columns if self.bar else 80
-        _say((stopping or self.progress(client, now, width))[:width - 1],
-             "\x1b[K\r" if self.bar else "\n")
+        if now >= self.due and not self.options.quiet:
+            self.due = now + (_DRAW if self.bar else _PLAIN)
+            width = shutil.get_terminal_size().columns if self.bar else 80
+            text = stopping or self._progress(client, now, width)
+            _say(text[:width - 1], "\x1b[K\r" if self.bar else "\n")
 
-    def progress(self, client: Client, now: float, width: int) -> str:
-        done = self.answers + self.failures
+    def _progress(self, client: Client, now: float, width: int) -> str:
+        done, total, stats = self.answers + self.failures, self.total, client.metrics.values()
         self.past.append((now, done))
         while self.past[0][0] < now - 60.0:
             self.past.popleft()
         rate = (done - self.past[0][1]) / max(0.001, now - self.past[0][0])
-        left = 0 if self.total is None else self.total - self.kept - done
-        minutes, seconds = divmod(int(left / rate) if rate else 0, 60)
-        limits, chance = [], 0
-        for stats in client.metrics.values():
-            limits += ["limit %.3g/s" % stats.rate] if stats.rate else [
-                "window %d" % stats.window] if stats.window else []
-            chance = max(chance, 100 * stats.chance // max(1, stats.requests))
-        parts = [  # each with its rank: the last ones give way where the line is too short
-            (0, "%d%s done" % (done + self.kept, "/%d" % self.total if self.total else "")),
-            (1, "%d failed" % self.failures if self.failures else ""), (4, "%.1f/s" % rate),
-            (3, "%d:%02d:%02d left" % (minutes // 60, minutes % 60, seconds) if left and rate else ""),
-            (5, ", ".join(limits)), (6, "%d %% refused by chance" % chance if chance else ""),
-            (2, self.trouble if now < self.trouble_at + _PLAIN else "")]
-        while True:
-            text = ", ".join(words for _, words in parts if words)
-            if len(text) < width or len(parts) <= 3:
-                return text
+        left = (total - self.kept - done) / rate if total and rate else 0.0
+        chance = max([100 * one.chance // max(1, one.requests) for one in stats] or [0])
+        parts = [  # each with its rank: the highest gives way where the line is too short
+            (0, "%d%s done" % (done + self.kept, "/%d" % total if total else "")),
+            (1, self.failures and "%d failed" % self.failures), (4, "%.1f/s" % rate),
+            (3, left and "%d:%02d:%02d left" % (left // 3600, left // 60 % 60, left % 60)),
+            (5, ", ".join("limit %.3g/s" % one.rate if one.rate else
+                          "window %s" % one.window for one in stats if one.rate or one.window)),
+            (6, chance and "%d %% refused by chance" % chance),
+            (2, now < self.trouble_at + _PLAIN and self.trouble)]
+        while len(parts) > 3 and len(", ".join(
+                words for _, words in parts if words)) >= width:
             parts.remove(max(parts))
+        return ", ".join(words for _, words in parts if words)
 
     def summary(self, client: Client, sink: Any, left: int) -> Iterator[str]:
-        metrics = client.metrics
-        if self.total != 1 or self.options.form == "rows":
-            yield str(metrics)
-            for code, (count, message, ids) in sorted(self.errors.items()):
-                if self.options.form == "rows":  # else they were told at once
-                    yield textwrap.fill("%d x %s (%s): %s" % (
-                        count, code, ", ".join(ids), message[:300]), 80, subsequent_indent="  ")
-            odd = [words % number for words, number in (
-                ("%d without text", sum(stats.empty for stats in metrics.values())),
-                ("%d cut off by a length limit", sum(
-                    stats.cut_off for stats in metrics.values()))) if number]
-            if odd:
-                yield "of the answers: " + ", ".join(odd)
-            yield "%d answered, %d failed, %d kept, %d left; %d tokens%s; %.1f s" % (
-                self.answers, self.failures, self.kept, left, self.tokens,
-                ", %d in the whole file" % sink.tokens if isinstance(sink, _Checkpoint) else "",
-                time.monotonic() - self.began)
+        stats = client.metrics.values()
+        yield str(client.metrics)
+        for code, (count, message, ids) in sorted(self.errors.items()):
+            if self.options.form == "rows":  # else they were told at once
+                yield textwrap.fill("%d x %s (%s%s): %s" % (
+                    count, code, ", ".join(ids), ", ..." * (count > len(ids)),
+                    message[:300]), 80, subsequent_indent="  ")
+        odd = [words % number for words, number in (
+            ("%d without text", sum(one.empty for one in stats)),
+            ("%d cut off by a length limit", sum(one.cut_off for one in stats))) if number]
+        if odd:
+            yield "of the answers: " + ", ".join(odd)
+        if isinstance(sink, _Checkpoint):
+            yield "tokens: %d in this run, %d in all of %s" % (
+                self.tokens, sink.tokens, sink.path)
+        yield "%d answered, %d failed, %d kept, %d left, %.1f s" % (
+            self.answers, self.failures, self.kept, left, time.monotonic() - self.began)
 
 
 class _Job:
@@ -2719,21 +2721,20 @@ class _Job:
 
     def __init__(self, options: Any, stack: contextlib.ExitStack) -> None:
         self.options, self.stack, self.screen = options, stack, _Screen(options)
-        self.events: Any = queue.Queue()  # what happened: the method for it, its arguments
+        self.events: Any = queue.Queue()  # what happened: the method for it, and its argument
         self.calls: Dict[Future, Tuple[int, _Row]] = {}  # under way
-        self.ids: Set[str] = set()
-        self.todo = bytearray()           # the rows' states; _DONE: asked already, too
-        self.models: List[str] = []       # the rows' models
         self.files: Dict[str, int] = {}   # that are open, by what they are for
-        self.signal = self.spot = self.skipped = 0
-        self.reason, self.until, self.looked = "", math.inf, 0.0  # why and when it ends early
-        self.alike: Dict[Tuple[str, str, bool], int] = collections.Counter()
-        self.doubted: Set[str] = set()    # models of which only samples are asked
-        self.samples: Set[int] = set()    # these, as far as they are under way
-        self.gone: Dict[str, str] = {}    # models that were given up, and why
+        self.ids: Set[str] = set()
+        self.todo, self.models = bytearray(), []  # type: bytearray, List[str]  # by row
         self.cursors = [0, 0, 0]          # where to look for the next row, by state
+        self.doubt = _Doubt()
+        self.signal = 0
+        self.reason, self.until, self.looked = "", math.inf, 0.0  # why and when it ends early
         self.is_sending = self.is_reading = False
-        self._catch_signals()
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if threading.current_thread() is threading.main_thread() and (
+                    signal.getsignal(number) is not signal.SIG_IGN):  # as under nohup
+                stack.callback(signal.signal, number, signal.signal(number, self._on_signal))
         self.client = Client(
             api_key="none" if options.dry_run else None, base_url=options.base_url,
             max_concurrency=options.max_concurrency, max_rate=options.max_rate,
@@ -2749,35 +2750,29 @@ class _Job:
     def run(self) -> int:
         """Returns the exit status. Raises ConfigurationError or OSError before anything is
         sent."""
-        if self.input.is_known or self.options.dry_run:
-            bad = self._survey()
+        if self.options.dry_run:
+            return int(self._survey() > 0)
+        if not self.input.is_pipe:
+            self._survey()
             self.screen.total = len(self.todo)
-            if self.options.dry_run:
-                return int(bad > 0)
         self.joblog = self.options.joblog and self._open(
             "job log", self.options.joblog, os.O_WRONLY)
-        lost, self.is_sending, self.is_reading = False, True, not self.input.is_known
+        lost, self.is_sending, self.is_reading = False, True, self.input.is_pipe
         try:
-            if isinstance(self.sink, _Checkpoint):
-                os.ftruncate(self.sink.fd, self.sink.end)  # half a row is no row
+            self.sink.begin()
             while self._fill() or self.calls or not self.events.empty():
                 with contextlib.suppress(queue.Empty):
-                    handle, *what = self.events.get(timeout=_TICK)
-                    handle(*what)
+                    handle, what = self.events.get(timeout=_TICK)
+                    handle(what)
                 self._look()
             self.sink.close(len(self.todo))
-        except (OSError, ConfigurationError) as fault:  # nothing could be written any more
+        except (OSError, ConfigurationError) as fault:  # nothing can be written any more
+            if self.is_reading and not self.todo:
+                raise
             lost, self.reason = True, str(fault)
             if isinstance(fault, BrokenPipeError):
                 self.signal = signal.SIGPIPE  # as `head` leaves: quietly
         return self._end(lost)
-
-    def _catch_signals(self) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if threading.current_thread() is threading.main_thread() and (
-                    signal.getsignal(number) is not signal.SIG_IGN):  # as by nohup
-                self.stack.callback(signal.signal, number,
-                                    signal.signal(number, self._on_signal))
 
     def _on_signal(self, number: int, _: Any) -> None:
         if not self.is_sending:
@@ -2788,25 +2783,27 @@ class _Job:
 
     def _input(self, path: Optional[str]) -> _Input:
         if path is None:
-            return _Input(None, self.options.prompts)
+            return _Input(-1, self.options.prompts)
         file = open(sys.stdin.fileno() if path == "-" else path, "rb", buffering=0,
                     closefd=path != "-")
         self.stack.callback(file.close)
         self.files["input"] = file.fileno()
-        return _Input(file, [])
+        return _Input(file.fileno(), [])
 
     def _output(self, path: str) -> Any:
-        if self.options.dry_run and not os.path.isfile(path):
-            return None
+        form, is_file = self.options.form, os.path.isfile(path)
+        if self.options.dry_run and not is_file:
+            return _Stream(len, form)
         if path == "-":
             write = _stdout()
             with contextlib.suppress(OSError):  # a stream of Python's is no file
                 self._refuse_open(sys.stdout.fileno(), "stdout")
-            return _Stream(write, self.options.form)
-        is_file = os.path.isfile(path) or not os.path.exists(path)  # no pipe, no device
-        fd = self._open("output", path, os.O_RDWR if is_file else os.O_WRONLY)
-        return _Checkpoint(fd, os.path.realpath(path)) if is_file else _Stream(
-            lambda data: _write(fd, data), self.options.form)
+            return _Stream(write, form)
+        if is_file or not os.path.exists(path):
+            fd = self._open("output", path, os.O_RDWR)
+            return _Checkpoint(fd, os.path.realpath(path), self.options.skip_failed)
+        fd = self._open("output", path, os.O_WRONLY)  # a pipe or a device
+        return _Stream(lambda data: _write(fd, data), form)
 
     def _open(self, role: str, path: str, mode: int) -> int:
         self._refuse_open(path, path)
@@ -2820,59 +2817,50 @@ class _Job:
                 raise ConfigurationError("%s is the %s" % (name, role))
 
     def _survey(self) -> int:
-        """Go through the whole input before anything is sent. Returns how many rows are bad."""
+        """Go through the whole input before anything is sent. Returns how many are bad."""
         bad = size = 0
-        models: Dict[str, int] = collections.Counter()
         for n in self.rows:
             if n is None:
                 time.sleep(_TICK)
                 continue
-            row = self._row(n)
-            grave = self._meet(row)
-            problem = grave or row.problem
-            if self.options.dry_run:
-                models[self.models[n] or "none"] += 1
-                bad += problem is not None
-                size += len(json.dumps(row.body.get("messages", ""), ensure_ascii=False))
-                if problem:
-                    _say("%s: %s" % (row.id, problem))
-            elif grave:
-                raise grave
+            row = self._meet(n)
+            if row.problem and self.options.dry_run:
+                _say("%s: %s" % (row.id, row.problem))
+            elif row.problem and row.problem.code == "invalid_input":
+                raise row.problem
+            bad += row.problem is not None
+            size += len(json.dumps(row.body.get("messages", ""), ensure_ascii=False))
             if self.screen.bar and n % 10000 == 9999:
                 _say("%d rows read" % (n + 1), "\x1b[K\r")
-        found = isinstance(self.sink, _Checkpoint) and self.sink.found
-        if found:
-            raise ConfigurationError("%s is of another input: no row asks for %r, nor for %d more"
-                                     % (self.sink.path, min(found), len(found) - 1))
+        if self.sink.found:
+            raise ConfigurationError(
+                "%s is of another input: no row asks for %r, nor for %d more" % (
+                    self.sink.path, min(self.sink.found), len(self.sink.found) - 1))
         if self.options.dry_run:
             _say("%d rows, %d bad; by model: %s; %d answered already; %d characters" % (
-                len(self.todo), bad, ", ".join("%s x %d" % pair for pair in models.items()),
-                self.screen.kept, size))
+                len(self.todo), bad, ", ".join("%s x %d" % pair for pair in sorted(
+                    collections.Counter(self.models).items())), self.screen.kept, size))
         return bad
 
-    def _row(self, n: int) -> _Row:
-        number, line = self.input.get(n)
-        return _row(number, line, self.input.is_json, self.options)
-
-    def _meet(self, row: _Row) -> Optional[ConfigurationError]:
-        """Take note of the next row. Returns what speaks against the whole input."""
-        self.models.append(sys.intern(str(row.body.get("model", ""))))
+    def _meet(self, n: int) -> _Row:
+        """Take note of the next row."""
+        row = _row(self.input, n, self.options)
+        self.models.append(sys.intern(str(row.body.get("model"))))
         self.todo.append(_NEW)
         try:
-            if isinstance(self.sink, _Checkpoint):
-                self.todo[-1] = self.sink.meet(row, self.options.skip_failed)
-                self.screen.kept += self.todo[-1] == _DONE
-                self.skipped += self.todo[-1] == _DONE and self.sink.places[-1] < 0
+            self.todo[n] = self.sink.meet(row)
+            self.screen.kept += self.todo[n] == _DONE
             if row.id in self.ids:
-                raise ConfigurationError("line %d: the custom_id %r stands twice in the input"
-                                         % (row.line, row.id))
+                raise ConfigurationError(
+                    "line %d: the custom_id %r stands twice in the input" % (row.line, row.id))
         except ConfigurationError as problem:
-            return problem
+            problem.code = "invalid_input"
+            return row._replace(problem=problem)
         self.ids.add(row.id)
-        return row.problem if row.problem and row.problem.code == "invalid_input" else None
+        return row
 
     def _fill(self) -> bool:
-        """Ask rows while there is room. Returns whether more may come from a pipe."""
+        """Ask rows while there is room. Returns whether a pipe may have more."""
         try:
             while not self.reason and len(self.calls) < self._width():
                 if self.is_reading:
@@ -2880,64 +2868,54 @@ class _Job:
                 n = self._next()
                 if n is None:
                     break
-                self._ask(n, self._row(n))
+                self._ask(n, _row(self.input, n, self.options))
         except (OSError, ConfigurationError) as fault:
-            if not self.todo:
-                raise ConfigurationError(str(fault)) from None  # nothing was sent
-            self._stop(str(fault))
+            if self.is_reading and not self.todo:
+                raise  # nothing was sent
+            self._stop("the input cannot be read on: %s" % fault)
         return self.is_reading and not self.reason
 
     def _width(self) -> int:
-        """The most rows under way: fewer where, before the first answer, some have failed."""
-        width = self.options.max_concurrency
-        return 2 * width if self.screen.answers else max(
-            min(_ALIKE, width) if self.doubted else 1, width - sum(self.alike.values()))
+        """The most rows under way: fewer where some failed before the first answer."""
+        width, failed = self.options.max_concurrency, sum(self.doubt.alike.values())
+        least = min(_ALIKE, width) if self.doubt.models else 1
+        return 2 * width if self.screen.answers else max(least, width - failed)
 
     def _read(self) -> None:
         """Take from a pipe what is there, as far as there is room for it."""
-        room = self.options.max_concurrency * (16 if self.doubted else 2)
-        while self.is_reading and self.todo.count(_NEW) < room and (
-                len(self.todo) - self.sink.written < 8 * room):
+        room = self.options.max_concurrency * (16 if self.doubt.models else 2)
+        while self.todo.count(_NEW) < room and len(self.todo) < self.sink.written + 8 * room:
             n = next(self.rows, -1)
             if n is None:
                 return
-            self.is_reading = n >= 0
-            if self.is_reading:
-                row = self._row(n)
-                problem = self._meet(row)
-                if problem is not None:
-                    self._ask(n, row._replace(problem=problem))
+            if n < 0:
+                self.is_reading = False
+                return
+            row = self._meet(n)
+            if row.problem:
+                self._ask(n, row)
 
     def _next(self) -> Optional[int]:
         """The next row to ask: new ones before those that failed in an earlier run, and of
         models in doubt only samples. None: none for now."""
-        for model in self.doubted - set(self.gone):
-            failed = sum(count for key, count in self.alike.items() if key[::2] == (model, True))
-            if len(self.samples) + failed % _ALIKE < _ALIKE:
-                for n in self._elsewhere():
-                    if self.todo[n] and self.models[n] == model:
-                        self.samples.add(n)
-                        return n
+        doubt = self.doubt
+        sample = doubt.sample(self.todo, self.models)
+        if sample is not None:
+            return sample
         for state in (_NEW, _FAILED):
             n = self.todo.find(state, self.cursors[state])
-            while n >= 0 and self.models[n] in self.doubted:
-                if self.models[n] in self.gone:
+            while n >= 0 and self.models[n] in doubt.models:
+                if self.models[n] in doubt.gone:
                     self.todo[n] = _DONE
                     self.sink.put(n, None, None)
                 n = self.todo.find(state, n + 1)
             self.cursors[state] = n if n >= 0 else len(self.todo)
             if n >= 0:
                 ahead = n - self.sink.written
-                return n if ahead < 16 * self.options.max_concurrency else None
+                return n if ahead < _AHEAD * self.options.max_concurrency else None
             if self.is_reading:
                 return None
         return None
-
-    def _elsewhere(self) -> Iterator[int]:
-        """All rows, from one that lies far from where the last ones began."""
-        rows = len(self.todo)
-        self.spot = (self.spot + rows * 61 // 99 + 1) % rows
-        return itertools.chain(range(self.spot, rows), range(self.spot))
 
     def _ask(self, n: int, row: _Row) -> None:
         self.todo[n] = _DONE
@@ -2955,46 +2933,27 @@ class _Job:
     def _finish(self, call: Future) -> None:
         n, row = self.calls.pop(call)
         outcome: Any = call.exception() or call.result()
-        self._judge(n, outcome)
-        self.samples.discard(n)
+        if isinstance(outcome, Completion):
+            if self.doubt.dismiss(self.models[n]):
+                self.cursors = [0, 0, 0]  # the rows that were passed over are asked now
+        else:
+            if re.search(r"; come back at \d\d:\d\d$", str(outcome)):
+                self._stop(str(outcome))
+            self.doubt.count(n, self.models[n], outcome, self.screen.is_reached)
+            if len(self.doubt.gone) >= 3 and not self.screen.answers:
+                self._stop(self.doubt.gone[self.models[n]])
+        self.doubt.samples.discard(n)
         if self.reason and isinstance(outcome, Error) and (
                 outcome.retryable or outcome.code == "cancelled"):
             return  # left to the next run
         self.screen.count(row, outcome)
         self.sink.put(n, row, outcome)
 
-    def _judge(self, n: int, outcome: Union[Completion, Error]) -> None:
-        """Whether a failure is the row's own matter or its model's, the account's, the
-        server's: then it ends the model's part of the run, or the run."""
-        model = self.models[n]
-        if not isinstance(outcome, Error):
-            if model in self.doubted or self.alike:
-                self.doubted.discard(model)
-                self.alike = collections.Counter({
-                    key: count for key, count in self.alike.items() if key[0] != model})
-                self.cursors = [0, 0, 0]
-            return
-        if re.search(r"; come back at \d\d:\d\d$", str(outcome)):
-            self._stop(str(outcome))
-        if not (outcome.retryable or outcome.status_code in _SHARED
-                or isinstance(outcome, (APIConnectionError, APIResponseError))):
-            return
-        key = model, _code(outcome), n in self.samples
-        self.alike[key] += 1
-        patience = _PATIENCE if outcome.retryable and self.screen.is_reached else _ALIKE
-        if n not in self.samples and self.alike[key] >= _ALIKE:
-            self.doubted.add(model)
-        elif self.alike[key] >= patience:
-            self.gone[model] = "rows of %s from all over the input fail alike: %s" % (
-                model, outcome)
-            if len(self.gone) >= 3 and not self.screen.answers:
-                self._stop(self.gone[model])
-
     def _log(self, record: Record) -> None:
         self.screen.attempt(record, self.place)
         if self.screen.tokens > (self.options.max_tokens_total or math.inf):
             self._stop("%d tokens were used" % self.screen.tokens)
-        if self.joblog is not None:
+        if self.joblog:
             try:
                 _write(self.joblog, json.dumps(record._asdict()).encode() + b"\n")
             except OSError as fault:  # no reason to lose answers
@@ -3013,37 +2972,90 @@ class _Job:
         now, screen = time.monotonic(), self.screen
         if self.signal:
             self._stop("signal %d" % self.signal)
-        if not screen.is_reached and now > screen.began + _UNREACHED and screen.trouble:
-            self._stop("never reached: " + screen.trouble)
+        if screen.trouble and not screen.is_reached and now > screen.began + _UNREACHED:
+            self._stop("the server was never reached: " + screen.trouble)
         if now > self.until:
             self.until = math.inf
             self.client.close()
         if now > self.looked + 1.0:
             self.looked = now
             self.sink.look()
-        screen.draw(self.client, self.reason and "stopping: %d in flight, %d s" % (
-            len(self.calls), max(0, self.until - now)))
+        screen.draw(self.client, self.reason and "stopping: %d in flight, %.0f s" % (
+            len(self.calls), min(_GRACE, max(0.0, self.until - now))))
 
     def _end(self, lost: bool) -> int:
         """Say what became of the run, and return its exit status."""
-        screen, quiet = self.screen, self.options.quiet or self.signal == signal.SIGPIPE
+        screen, gone = self.screen, list(self.doubt.gone.values())
         left = len(self.todo) - screen.kept - screen.answers - screen.failures
-        if self.gone and left and len(self.gone) == len(set(self.models)):
-            self.reason = self.reason or next(iter(self.gone.values()))
+        if left and gone and len(gone) == len(set(self.models)):
+            self.reason = self.reason or gone[0]
         is_early = bool(self.reason) and (lost or left > 0 or self.is_reading)
+        is_quiet = self.options.quiet or self.signal == signal.SIGPIPE
         if screen.bar:
             _say("", "\x1b[K\r")
-        if not quiet:
+        if not is_quiet and (self.options.form == "rows" or screen.total != 1):
             _say("\n".join(screen.summary(self.client, self.sink, left)))
-        if self.signal != signal.SIGPIPE:
-            for reason in [self.reason] if is_early else self.gone.values():
-                _say("cometlimit: stopped: %s" % reason)
-        if not quiet and (left or lost or screen.failures) and isinstance(self.sink, _Checkpoint):
-            _say("to go on: " + ("the same command again" if self.options.header else
-                 " ".join(map(shlex.quote, [sys.executable] + sys.argv))))
+        for reason in [self.reason] if is_early else gone:
+            if self.signal != signal.SIGPIPE:
+                _say("cometlimit: stopped: " + _in_our_words(reason))
+        if not is_quiet and (is_early or left or screen.failures) and isinstance(
+                self.sink, _Checkpoint):
+            words = ["the", "same", "command"] if self.options.header else map(
+                shlex.quote, [sys.executable] + sys.argv)
+            _say("to go on: " + " ".join(words))
         if self.signal:
-            return 128 + self.signal
-        return 3 if is_early else int(bool(left or screen.failures or self.skipped))
+            return int(128 + self.signal)
+        return 3 if is_early else int(bool(left or screen.failures or self.sink.skipped))
+
+
+class _Doubt:
+    """Whether failures are the rows' own matter, or their model's, account's or server's.
+
+    A model is in doubt once five of its rows failed alike, no answer between, for a reason
+    that rows may share. Then only samples from all over the input are asked. When these
+    fail alike too, five or, if such failures may pass, fifty, its rows are left.
+    """
+
+    def __init__(self) -> None:
+        # By model, code, and whether it was a sample: failures since the last answer.
+        self.alike: Dict[Tuple[str, str, bool], int] = collections.Counter()
+        self.models: Set[str] = set()   # in doubt
+        self.samples: Set[int] = set()  # rows that are under way
+        self.gone: Dict[str, str] = {}  # models that were given up, and why
+        self.spot = 0
+
+    def count(self, n: int, model: str, error: Error, is_reached: bool) -> None:
+        if not (error.retryable or error.status_code in _SHARED
+                or isinstance(error, (APIConnectionError, APIResponseError))):
+            return
+        is_sample = n in self.samples
+        key = model, _code(error), is_sample
+        self.alike[key] += 1
+        if not is_sample and self.alike[key] >= _ALIKE:
+            self.models.add(model)
+        elif is_sample and self.alike[key] >= (
+                _PATIENCE if error.retryable and is_reached else _ALIKE):
+            self.gone[model] = "rows of %s fail alike all over the input: %s" % (model, error)
+
+    def dismiss(self, model: str) -> bool:
+        """An answer came. Returns whether the model was in doubt."""
+        for key in [key for key in self.alike if key[0] == model]:
+            del self.alike[key]
+        was_in_doubt = model in self.models
+        self.models.discard(model)
+        return was_in_doubt
+
+    def sample(self, todo: bytearray, models: List[str]) -> Optional[int]:
+        """A row, far from the last sample, of a model in doubt; None: enough are under way."""
+        for model in self.models - set(self.gone):
+            failed = sum(self.alike[key] for key in self.alike if key[::2] == (model, True))
+            if len(self.samples) + failed % _ALIKE < _ALIKE:
+                self.spot = (self.spot + len(todo) * 61 // 99 + 1) % len(todo)
+                for n in itertools.chain(range(self.spot, len(todo)), range(self.spot)):
+                    if todo[n] and models[n] == model:
+                        self.samples.add(n)
+                        return n
+        return None
 
 
 def _demo(stack: contextlib.ExitStack) -> int:
