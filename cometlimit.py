@@ -192,8 +192,8 @@ Outcome = Union[Completion, Error]
 class Client:
     """An endpoint and the manner of calling it: a context manager, safe among threads.
 
-    api_key          else COMETAPI_KEY of the environment; may be missing over http, or
-                     where headers= has an Authorization or api-key of its own
+    api_key          else COMETAPI_KEY; not needed over http, nor with an Authorization or
+                     api-key in headers=
     base_url         else COMETAPI_BASE_URL, else CometAPI's; http only to this machine
     model            for prompts that name none
     max_concurrency  requests in flight at once, retries included
@@ -204,11 +204,11 @@ class Client:
     deadline         for one prompt with all its waits and attempts
     stream           None: ask for a stream where a gateway cuts silent connections off;
                      True: always; False: never. The Completion is the same
-    check            called with each Completion: where it returns False or raises, the
-                     attempt is a failure (code check_failed) and is tried again
+    check            called with each Completion: if it returns False or raises, the
+                     prompt is asked again (error code: check_failed)
     headers          further HTTP headers, by name
-    ca_file          CA certificates (PEM) to trust besides the system's; else
-                     REQUESTS_CA_BUNDLE or CURL_CA_BUNDLE
+    ca_file          CA certificates (PEM) to trust besides the system's, which else
+                     REQUESTS_CA_BUNDLE or CURL_CA_BUNDLE name
     allow_http       http:// to any host: others can read the key on its way
     on_record        called with each Record, in the thread that made the attempt
 
@@ -432,7 +432,7 @@ class _Pool:
             model = self.models.get(name) or self.models.setdefault(
                 name, _Model(name, self.client))
             call = _Call(self, model, payload, tag)
-            self.gate.number(call)
+            call.place = (next(self.gate.numbers), 0)  # behind all others
             self.calls[call] = None
         future: Future = call.future
         future.add_done_callback(lambda future: self.give_up(
@@ -677,10 +677,6 @@ class _Gate:
         self.watcher: Optional[_Call] = None
         self.wakes_at = math.inf           # when the watcher looks again
 
-    def number(self, call: _Call) -> None:
-        """Give a new call its place, behind all others."""
-        call.place = (next(self.numbers), 0)
-
     def turn(self, call: _Call) -> bool:
         """Wait until the call may be sent; False when it may not be any more."""
         waiting, entry = call.model.waiting, (call.place, call)
@@ -767,12 +763,12 @@ class _Gate:
 
 def backoff(attempt: int, retry_after: Optional[float] = None, max_delay: float = 30.0,
             random: Callable[[], float] = random.random) -> float:
-    """Seconds from attempt number `attempt` (from 1) to the next one, at most max_delay.
+    """Seconds from attempt `attempt` (from 1) to the next one, at most max_delay.
 
-    Doubles from 1 s, by chance 25 % less or more, so that those refused together do not return
-    together. A Retry-After is a floor: chance is added to it and never takes from it.
+    Doubles from 1 s, by chance 25 % less or more, so that those refused together do not
+    return together. A Retry-After is a floor: chance adds to it, never takes from it.
     """
-    base = min(max_delay / 1.25, 2.0 ** min(attempt - 1, 10))  # so that the longest varies as well
+    base = min(max_delay / 1.25, 2.0 ** min(attempt - 1, 10))  # the longest varies too
     chance = random()
     delay = base * (0.75 + chance / 2)
     if retry_after is not None:
@@ -787,189 +783,177 @@ class Ticket(NamedTuple):
 
 
 class Throttle:
-    """Learns from what comes back when the next request may leave: no sleep, no lock, no clock.
+    """Learns from what comes back when the next request may leave: it is pure.
 
-    Between two refusals a limiter has been emptied at both ends, so the requests it took, divided
-    by the time that passed, are its rate: no guess, a measurement. So:
-    1. Until the first refusal, requests leave faster and faster.
-    2. A refusal closes the door for Retry-After or one interval; while nothing gets through, one
-       probe at a time, after pauses that grow with the time the door has been shut.
-    3. Then requests leave at the measured pace, which grows slowly until the next refusal. Most
-       of what the limiter gained in the pause leaves at once; time nobody asked does not count.
-    4. Refused at the same number in flight twice, it is a cap on concurrency: a window instead.
-    5. Failures (5xx, no connection) in a row are an outage: closed as in 2, nothing learnt.
-    6. Few refusals at a high pace are chance; so is a pace that has fallen time after time.
-    Requests that left before the door closed belong to the same congestion and change nothing.
-    x-ratelimit-* is deliberately not obeyed: behind a gateway it describes another's account.
+    Until the first refusal the rate doubles each second. A refusal is a suspicion: a
+    few requests leave at once to test it. An empty limiter lets at most one pass; where
+    more pass, it was chance and changes nothing. After tests that found limits, some
+    refusals are believed untested.
+    1. The limiter was empty when a limit was found, and when the last one was: requests
+       taken / time is its rate. Nothing leaves until Retry-After or one interval is up;
+       while nothing gets through, one request at a time, after pauses that grow.
+    2. Then requests leave a little below the rate, and faster until the next limit.
+    3. Refused at one number in flight twice, and seldom answered there, it is a cap on
+       concurrency: a window holds instead of a rate, and Retry-After stops nobody.
     """
-    START = 20.0        # requests/s at first: about one leaves while a refusal comes back
-    RAMP = 1.4          # requests/s more for each one sent: doubles every half second
-    SLOWEST = 1 / 60    # requests/s: limits are stated by the minute: one is allowed
-    DIP = 0.97          # of the measured pace, to begin with: an emptied bucket fills a little
-    EVEN = 0.7          # growth ~ pace ** EVEN: under 1, so that small shares catch up (tuned)
-    GROWN_SENT = 25     # requests in which a limit may double: at low rates 1 in 5 refused (tuned)
-    GROWN_TIME = 47.0   # seconds in which it may: a minute's window less its pause (tuned)
-    ROUGH = 10          # times a first, short stretch is that time: soon measured again (tuned)
-    SPARE = 0.7         # of a pause's gain, leaves at once: the rest is a bucket's reserve (tuned)
-    MEMORY = 1.5        # requests' worth of the last stretch kept: a count of k is wrong by one
-    DRY = 2.2           # pause / time shut: shut times grow 3.2-fold until PROBE holds (tuned)
-    SICK = 0.5          # the same where a server fails: a probe is cheap, and outages end (tuned)
-    PROBE = 1 / 3       # of max_delay: the longest such pause, so that a reopening is seen soon
-    NOISE = 0.09        # the share of refusals that may be chance: some 5 %, and two sigmas
-    LONG = 80           # requests that share is taken of
-    FAST = 15.0         # requests/s from which chance is reckoned with: it spoils even shares
-    FALLS = 7           # measurements in a row, each below the last: 1 in 40,320 by chance
-    OUTAGE = 4          # failures in a row: of requests that fail at random, three are not rare
+    START = 20.0        # requests/s at first: one leaves while a refusal comes back
+    DIP = 0.97          # of the measured rate, to begin with: a bucket fills a little
+    EVEN = 0.7          # growth ~ rate ** EVEN: under 1, so that small shares catch up
+    GROWN = 25, 47.0    # requests, seconds in which the rate may double: a minute
+    ROUGH = 6.0         # or else this many times the last stretch, if that is less
+    FALL = 0.65         # of the rate is kept by one measurement: it may be an outage
+    SPARE = 0.7         # of what a limiter gains in a pause is used at once
+    DOUBT = 0.01        # share of chance from which a test needs two refusals
+    EXACT = 3, 2.0      # requests and seconds that make a measurement
+    PROVED = 4          # tests remembered
 
     def __init__(self, max_delay: float = 30.0,
                  random: Callable[[], float] = random.random) -> None:
         self.max_delay, self.random = max_delay, random
-        self.rate: Optional[float] = None   # requests/s, once measured
-        self.window: Optional[int] = None   # most in flight, when capped
-        self.congestions = 0
-        self.chance = 0             # refusals taken for chance
-        self.until = 0.0            # nothing leaves before
-        self._next = 0.0            # nor before this, which keeps the pace
-        self._count = 0             # tickets given
-        self._flying = 0            # of which in flight
-        self._first = 0             # the first ticket since the door last closed
-        self._shut = 0.0            # nothing got through since
-        self._probe = 0.0           # how long the first after a pause goes alone
-        self._taken = 0.0           # requests that got through
-        self._start = 0.0           # since then: their quotient is the pace
-        self._full = True           # the bucket may be, at first: too fast to be its rate
-        self._trust = 1.0           # seconds in which the limit may double, by what is known
-        self._falls = 0             # measurements in a row, each below the last
-        self._knee = 0              # in flight at the last refusal
-        self._peak = 0              # and, since, when a request left that was answered
-        self._share = self.NOISE    # of the last requests, was refused
-        self._row = 0               # failures, with no later request answered
-        self._last = 0              # the request up to which an answer is no later one
+        self.rate: Optional[float] = None       # requests/s, once measured
+        self.window: Optional[int] = None       # most in flight, when capped
+        self.congestions = self.chance = 0      # believed; refusals taken for chance
+        self.until = self._next = 0.0   # nothing leaves before either: pause and rate
+        self._shut = self._probe = 0.0  # nothing got through since; one goes alone
+        self._count = self._flying = self._first = 0    # tickets; first since the pause
+        self._empty, self._since, self._lost = 0, 0.0, 0  # ticket, time; refused since
+        self._ramp, self._full = self.START, True   # a bucket may be full at first
+        self._trust = 1.0                       # seconds in which the rate may double
+        self._suspect: Optional[Ticket] = None  # was refused: limit or chance?
+        self._doubted, self._before = 0.0, 0    # when it came back; refused before it
+        self._asked = self._end = self._hits = self._needed = 0   # the test
+        self._proved = 0                        # tests that found a limit lately
+        self._knee = self._passed = self._over = 0  # in flight then; answered, there
 
     def wait(self, now: float) -> float:
-        """0.0: leave now; seconds to wait; math.inf: not before one in flight has ended."""
-        if self.window is not None:
-            if self._flying >= int(self.window * (1 + self._growth(now))):
-                return math.inf
-        return max(0.0, self.until - now, self._next - now)
+        """0.0: leave now; seconds to wait; math.inf: until one in flight has ended."""
+        grown = (self.window or 0) * (1 + self._growth(now))
+        if self.window is not None and self._flying >= int(grown):
+            return math.inf
+        return min(self.max_delay, max(0.0, self.until - now, self._next - now))
 
     def sent(self, now: float) -> Ticket:
         """A request leaves; its ticket comes back in answered() or refused()."""
         if self._count == 0:
-            self.until = self._shut = self._start = now
-        spare = self._spare()
+            self.until = self._shut = self._since = now
+        gain = self.SPARE * (self.until - self._shut) - 1 / (self.rate or 1e-9)
         if self._count == self._first:
-            self._next, self.until = self.until - spare, now + self._probe
-        idle = max(0.0, now - spare - self._next)
-        if self.rate is not None:
-            self._start += idle     # time in which nobody asked measures nothing
-        self._next += idle + self._interval(now)
-        ticket = Ticket(self._count, now, self._flying)
-        self._count += 1
-        self._flying += 1
-        return ticket
+            self._next, self.until = self.until - max(0.0, gain), now + self._probe
+        idle = max(0.0, now - max(0.0, gain) - self._next)
+        self._since += idle if self.rate else 0.0   # nobody asked: it measures nothing
+        tests = self._asked <= self._count < self._end
+        self._next += idle + (0.0 if tests else self._interval(now))
+        self._count, self._flying = self._count + 1, self._flying + 1
+        return Ticket(self._count - 1, now, self._flying - 1)
 
     def answered(self, ticket: Ticket, now: float) -> None:
         """The server took it: any answer that says nothing about load."""
         self._flying -= 1
-        self._share *= 1 - 1 / self.LONG
-        self._peak = max(self._peak, ticket.others)
-        if ticket.number > self._last:
-            self._row = 0
+        self._passed += 1
+        self._over += ticket.others >= self._knee
 
     def refused(self, ticket: Ticket, now: float, status: Optional[int],
                 retry_after: Optional[float] = None) -> None:
-        """It was turned away: by a rate limit (429), or by a server in trouble (the rest)."""
+        """It was turned away, whatever the status: the pattern decides."""
         self._flying -= 1
-        asked = min(self.max_delay, retry_after or 0.0) if status == 429 else 0.0
-        fresh = ticket.number - self._first
-        if fresh < 0:
-            if asked:
-                self.until = max(self.until, now + asked)
-        elif status == 429:
-            self._limited(ticket, now, fresh, asked)
-        else:
-            self._failed(ticket, now, fresh)
+        self._lost += ticket.number > self._empty
+        told = min(self.max_delay, retry_after or 0.0)
+        if ticket.number < self._first:
+            pass  # left before the pause: the same congestion
+        elif self.congestions and ticket.number == self._first:
+            self._close(ticket, now, told)
+            self._knee = min(self._knee, ticket.others)  # a cap has no less
+            if told and self.rate is None:
+                self._since = max(self._since, now + self.SPARE * told)
+        elif self.window is not None and ticket.others >= self.window:
+            self._hold(ticket, now)
+        elif self._is_limit(ticket, now):
+            self._congested(ticket, now, told if self._proved > 1 else 0.0)
 
-    def _limited(self, ticket: Ticket, now: float, fresh: int, asked: float) -> None:
-        self._share += (1 - self._share) / self.LONG
-        if fresh and not asked and self._is_noise(now):
-            return
-        self._close(ticket, now, asked, self.DRY)
-        self._cap(max(ticket.others, self._flying), fresh, asked)
-        self._measure(fresh)
+    def _is_limit(self, ticket: Ticket, now: float) -> bool:
+        suspect, early = self._suspect, ticket.time - self._doubted < now - ticket.time
+        if suspect and (early or ticket.number < self._end):  # under way
+            next_to_it = ticket.number == suspect.number + self._hits + 1
+            self._hits += next_to_it or ticket.number >= self._asked
+            found = self._hits >= self._needed
+            self._proved = min(self.PROVED, self._proved + found)
+            return found
+        if suspect:                             # the test has passed
+            self.chance += 1 + self._hits
+            self._proved //= 2
+        self._suspect, self._before = ticket, self._lost - 1
+        self._doubted, self._hits = now, 0
+        above = not self.window and self.rate and 1 / self._interval(now) >= self.rate
+        if self._proved > 1 and not self.window and (above or self.random() < 0.5):
+            return True
+        self._ask(ticket, now)
+        return False
 
-    def _failed(self, ticket: Ticket, now: float, fresh: int) -> None:
-        self._last = self._last if self._row else ticket.number
-        self._row += 1
-        if self._row >= self.OUTAGE:
-            self._close(ticket, now, 0.0, self.SICK)
-            self._last = self._count - 1
-            self._taken += fresh
-            self._start += self.until - now
-
-    def _is_noise(self, now: float) -> bool:
-        """Few are refused: some servers do so at random, and to take that for a limit would end in
-        a crawl. (Slower clients are brought back up by FALLS, in time.)"""
-        return (self.window is None and self._share < self.NOISE
-                and 1 / self._interval(now) > self.FAST)
+    def _ask(self, ticket: Ticket, now: float) -> None:
+        """The next requests leave at once: more where more leave during a refusal."""
+        share = (self.chance + 0.5) / (self._count + 10)
+        self._needed = 1 + math.ceil(10 * (share - self.DOUBT))
+        spread = (self._count - ticket.number - 1) // 2
+        self._asked, self._end = self._count, self._count + self._needed + 1 + spread
+        self._needed += spread // 2
+        self._next = min(self._next, now)
 
     def _growth(self, now: float) -> float:
-        """0 after a refusal, 1 when the limit may have doubled: requests and time count."""
+        """0 after a congestion, 1 when the limit may have doubled."""
         sent, passed = self._count - self._first, max(0.0, now - self.until)
-        return min(sent / self.GROWN_SENT, passed / self._trust) ** 2
-
-    def _spare(self) -> float:
-        """Seconds' worth of requests that may leave at once: gained in the last pause."""
-        if self.rate is None:
-            return 0.0
-        return max(0.0, self.SPARE * (self.until - self._shut) - 1 / self.rate)
+        return float(min(sent / self.GROWN[0], passed / self._trust) ** 2)
 
     def _interval(self, now: float) -> float:
         if self.window is not None:
             return 0.0
-        if self.rate is None:
-            return 1 / (self.START + self.RAMP * (self._count - self._first))
+        if self.rate is None:                   # doubles each second
+            return 1 / (self._ramp + 0.69 * (self._count - self._first))
         grown: float = self.rate ** self.EVEN * self._growth(now)
         return 1 / (self.DIP * self.rate + grown)
 
-    def _close(self, ticket: Ticket, now: float, asked: float, dry_pause: float) -> None:
-        dry, echo = ticket.number == self._first, now - ticket.time
-        if not dry or asked:    # a limiter that says when is believed
+    def _congested(self, ticket: Ticket, now: float, told: float) -> None:
+        empty = self._suspect or ticket
+        self.congestions += 1
+        self._close(ticket, now, told)
+        self._measure(empty, empty.time + self.SPARE * told)
+        again = empty.others == self._knee and 4 * self._over < self._passed
+        self.window = empty.others if again else None
+        self._knee, self._passed, self._over = empty.others, 0, 0
+        self._suspect, self._end = None, 0
+        if self.window is not None:
+            self.rate, self.until, self._shut = None, now, now
+
+    def _hold(self, ticket: Ticket, now: float) -> None:
+        """One more than the window was refused: the next try waits twice as long."""
+        self.window, self._trust = ticket.others, min(self.GROWN[1], 2 * self._trust)
+        self._first, self._end, self._suspect = self._count, 0, None
+        self.until, self._shut, self._probe = now, now, 0.0
+
+    def _close(self, ticket: Ticket, now: float, told: float) -> None:
+        if ticket.number > self._first or told:
             self._shut = now
-        pause = min(dry_pause * (now - self._shut), self.PROBE * self.max_delay)
-        pause = max(pause, echo, 1 / self.rate if self.rate else 0.0)
-        chance = self.random() * pause / 2      # so that many clients do not come back as one
-        self.until = now + min(self.max_delay, (asked or 0.75 * pause) + chance)
-        self._probe = min(2 * echo, self.until - now)     # a refusal is quick to come back
+        shut, echo = now - self._shut, now - ticket.time
+        pause = min(shut, max(self.max_delay / 3, shut / 6))    # seen soon
+        pause = max(pause, echo, 1 / self.rate if self.rate else 0.5)
+        jitter = self.random() * pause / 2  # so that clients do not come back as one
+        self.until = now + min(self.max_delay, (told or 0.75 * pause) + jitter)
+        self._probe = min(2 * echo, self.until - now)  # a refusal is quick
         self._first = self._count
 
-    def _cap(self, others: int, fresh: int, asked: float) -> None:
-        """A cap is met at one number in flight, twice running, and never beyond; Retry-After tells
-        of a rate."""
-        again = others >= self.window if self.window else (
-            fresh and others == self._knee > 0 and others >= self._peak)
-        self.window = others if again and not asked else None
-        self._knee, self._peak = others, 0
-
-    def _measure(self, fresh: int) -> None:
-        """Ends a stretch: from the end of one pause to the end of the next."""
-        self.congestions += 1
-        if fresh:
-            self._taken += fresh
-            seconds = max(1e-9, self.until - self._start)
-            if not self._full:
-                last, self.rate = self.rate, max(self.SLOWEST, self._taken / seconds)
-                self._falls = self._falls + 1 if last and self.rate < last else 0
-                self._trust = min(self.GROWN_TIME, max(self._trust, self.ROUGH * seconds))
-            keep = min(1.0, self.MEMORY / self._taken)
-            self._taken *= keep
-            self._start = self.until - keep * seconds
-        self._full = self._falls == self.FALLS
-        if self._full:          # a new beginning
-            self.rate, self._trust, self._falls = None, 1.0, 0
-        if self.window is not None:
-            self.rate = None
+    def _measure(self, empty: Ticket, at: float) -> None:
+        taken, seconds = empty.number - self._empty - 1 - self._before, at - self._since
+        exact = taken >= self.EXACT[0] and seconds >= self.EXACT[1]
+        if self.rate and not exact:
+            return                              # the stretch goes on
+        self._lost -= self._before + 1
+        if self._full:  # go on from half the ramp, or from the mean
+            half = 0.5 * (self._ramp + 0.69 * taken)
+            self._full, self._ramp = False, min(half, max(1, taken) / max(0.1, seconds))
+        elif taken >= 1:
+            seconds = max(0.01, seconds)
+            self.rate = max(taken / seconds, self.FALL * (self.rate or 0.0))
+            self._trust = min(self.GROWN[1], max(0.5, self.ROUGH * seconds))
+        self._empty, self._since = empty.number, at
 
 
 # Metrics
