@@ -2618,20 +2618,21 @@ class _Screen:
         self.errors: Dict[str, List[Any]] = {}  # by code: how many, the first one, ids
         self.trouble, self.trouble_at = "", -math.inf  # the last attempt that failed
         self.is_reached = False
-        self.began = self.due = time.monotonic()
+        self.began = time.monotonic()
         self.past = collections.deque([(self.began, 0)])  # what was done by when
         shared = options.output_file in (None, "-") and sys.stdout and sys.stdout.isatty()
         self.bar = not (options.quiet or shared) and sys.stderr and sys.stderr.isatty()
+        self.due = self.began + (0.0 if self.bar else _PLAIN)
 
     def attempt(self, record: Record, place: str) -> None:
         self.tokens += record.prompt_tokens + record.completion_tokens
         self.is_reached |= record.status is not None or record.error == "timeout"
         if record.error is not None:
+            self.trouble_at = time.monotonic()
             if not self.trouble:
-                self.due = 0.0  # the first one is shown at once
-            self.trouble_at, self.trouble = time.monotonic(), (
-                "no connection to " + place if record.error.startswith("connect") else
-                "%s %s" % (record.status or "", record.error))
+                self.due = min(self.due, self.trouble_at + 1.0)  # the first is shown early
+            self.trouble = "no connection to " + place if record.error[:7] == "connect" else (
+                "%s %s" % (record.status or "", record.error)).replace("http_", "HTTP ")
 
     def count(self, row: _Row, outcome: Union[Completion, Error]) -> None:
         if not isinstance(outcome, Error):
@@ -2753,7 +2754,7 @@ class _Job:
         except (OSError, ConfigurationError) as fault:  # nothing can be written any more
             if self.is_reading and not self.todo:
                 raise
-            lost, self.reason = True, str(fault)
+            lost, self.reason = True, "the results cannot be written: %s" % fault
             if isinstance(fault, BrokenPipeError):
                 self.signal = signal.SIGPIPE  # as `head` leaves: quietly
         return self._end(lost)
@@ -2861,7 +2862,8 @@ class _Job:
 
     def _width(self) -> int:
         """The most rows under way: fewer where some failed before the first answer."""
-        width, failed = self.options.max_concurrency, sum(self.doubt.alike.values())
+        width: int = self.options.max_concurrency
+        failed = sum(self.doubt.alike.values())
         least = min(_ALIKE, width) if self.doubt.models else 1
         return 2 * width if self.screen.answers else max(least, width - failed)
 

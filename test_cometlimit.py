@@ -1643,7 +1643,7 @@ class CommandLine(Case):
             sys.stdin = io.TextIOWrapper(file, "ascii")
             sys.stdout, sys.stderr = [io.TextIOWrapper(io.BytesIO(), "ascii") for _ in "oe"]
             try:
-                code = cometlimit.main(["-m", "m", "--retries", "0"] + list(argv))
+                code = cometlimit.main(["-m", "m", "--max-retries", "0"] + list(argv))
                 texts = []
                 for stream in (sys.stdout, sys.stderr):
                     stream.flush()
@@ -1659,7 +1659,7 @@ class CommandLine(Case):
         """A process of the program, killed with the test if it is still there."""
         options = dict(dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE), **options)
         process = subprocess.Popen(
-            list(wrap) + PROGRAM + ["-m", "m", "--retries", "0"] + list(argv), **options)
+            list(wrap) + PROGRAM + ["-m", "m", "--max-retries", "0"] + list(argv), **options)
 
         def end():
             process.kill()
@@ -1735,7 +1735,7 @@ class Prompts(CommandLine):
             time.sleep(0.5)
             return reply_echo(request)
         with self.serve(forever=late) as server:
-            process = self.start("-c", "3", "--retries", "4", "0", "1", "2")
+            process = self.start("-c", "3", "--max-retries", "4", "0", "1", "2")
             server.await_requests(3)
             time.sleep(0.2)
             process.send_signal(signal.SIGTERM)
@@ -2098,7 +2098,7 @@ class ASignal(CommandLine):
                 return status(503) if request.prompt == "p1" else reply_echo(request)
             with self.subTest(number=number), self.serve(forever=late) as server:
                 self.write("in", rows(50))
-                process = self.start("-c", "2", "--retries", "4", "-i", "in", "-o", "out")
+                process = self.start("-c", "2", "--max-retries", "4", "-i", "in", "-o", "out")
                 server.await_requests(2)
                 process.send_signal(number)
                 self.finish(process, code)
@@ -2218,7 +2218,7 @@ class AnOption(CommandLine):
         self.write("in", rows(1))
         cometlimit._wait, cometlimit._now = self.wait, lambda: self.now  # nothing is waited for
         with self.serve(status(429, "x"), reply("yes"), reply("yes")):
-            self.cli("--retries", "1", "-i", "in", "--joblog", "log")
+            self.cli("--max-retries", "1", "-i", "in", "--joblog", "log")
             self.cli("-i", "in", "--joblog", "log")
         self.assertEqual([tuple(row[name] for name in ("status", "attempt", "model", "route"))
                           for row in self.results("log")], [
@@ -2244,7 +2244,7 @@ class AnOption(CommandLine):
     def test_that_cannot_be_ends_with_2(self):
         """Whatever is wrong with the command is said before anything is sent or made."""
         self.write("in", rows(1))
-        for argv in (("-c", "0"), ("-c", "x"), ("--retries", "-1"), ("--timeout", "nan"),
+        for argv in (("-c", "0"), ("-c", "x"), ("--max-retries", "-1"), ("--timeout", "nan"),
                      ("--timeout", "0"), ("--shard", "0/2"), ("--shard", "3/2"), ("--shard", "x"),
                      ("--param", "x"), ("--param", "=1"), ("--base-url", "http://example.org/v1"),
                      ("--base-url", "x"), ("--no-such",), ("-i", "missing"), ("-i", "."),
