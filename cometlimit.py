@@ -2072,6 +2072,7 @@ sends only what is missing or failed. TEXT and JSON may be @FILE. Exit status:
 _TICK = 0.05       # seconds between two looks at signals and at a pipe
 _DRAW = 0.25       # seconds between two drawings of the progress on a terminal,
 _PLAIN = 30.0      # and between two lines of it elsewhere
+_FRESH = 30.0      # seconds for which it shows the last attempt that failed
 _GRACE = 5.0       # seconds that a stopped run leaves to what is in flight
 _UNREACHED = 60.0  # seconds after which a server that was never reached ends the run
 _ALIKE = 5         # rows of a model that fail alike, no answer between: it is in doubt
@@ -2120,7 +2121,7 @@ def _in_our_words(text: str) -> str:
 def _options(argv: Optional[List[str]]) -> Any:
     parser = _parser()
     options, unknown = parser.parse_known_args(argv)
-    if options.prompts in ([], ["-"]) and not (options.input_file or options.demo):
+    if options.prompts in ([], ["-"]) and options.input_file is None and not options.demo:
         options.prompts, options.input_file = [], "-"
     by_hand = options.input_file in (None, "-") and not options.output_file
     options.form = "text" if options.text else "array" if by_hand else "rows"
@@ -2225,8 +2226,8 @@ def _shard(text: str) -> range:
 
 
 _NO_ROWS = tuple((re.compile(pattern, re.S).match, what) for pattern, what in (
-    (br"\xff\xfe|\xfe\xff|.*\0", "UTF-16 or UTF-32: save it as UTF-8"),
     (br"\x1f\x8b|PK\x03\x04|\xfd7zXZ|BZh\d|\x28\xb5\x2f\xfd|PAR1", "packed: unpack it"),
+    (br"\xff\xfe|\xfe\xff|.*\0", "UTF-16 or UTF-32: save it as UTF-8"),
     (br'[\[{]$|\[\s*\{|\[\s*".*[",\]]$', "a JSON document: give each row a line")))
 # A line of CSV with a field in quotes; one alone is a prompt.
 _is_csv = re.compile(br'(?=.*")("(""|[^"])*"|[^",]+)(,("(""|[^"])*"|[^",]*))*$').match
@@ -2519,9 +2520,7 @@ class _Checkpoint:
             found = re.match("batch_req_[0-9a-f]{16}(_[0-9a-f]{16})?$", str(result.get("id")))
             # Rows of other programs have no mark, and those of version 1.0 one that fits none.
             self.found[name] = place | (int((found.group(1) or "_1")[1:], 16) if found else 0)
-            usage = body.get("usage") or {}
-            self.tokens += sum(usage.get(name) or 0
-                               for name in ("prompt_tokens", "completion_tokens"))
+            self.tokens += _tokens(body.get("usage"))
         elif self.found.get(name, 0) <= 0:
             code = str(error["code"]) if isinstance(error, dict) and "code" in error else ""
             self.found[name] = -(place | (
@@ -2553,7 +2552,9 @@ class _Checkpoint:
         except OSError:  # a full disk takes half a row
             os.ftruncate(self.fd, self.end)
             raise
-        self.places[n] = place if isinstance(outcome, Completion) else -place
+        self.places[n] = -place
+        if isinstance(outcome, Completion):
+            self.places[n], self.tokens = place, self.tokens + _tokens(outcome.usage)
         self.lines, self.end, self.gap = self.lines + 1, self.end + len(line), b""
 
     def begin(self) -> None:
@@ -2603,6 +2604,12 @@ class _Checkpoint:
         finally:
             os.close(fd)
         self._lock()
+
+
+def _tokens(usage: Any) -> int:
+    counts = map((usage if isinstance(usage, dict) else {}).get,
+                 ("prompt_tokens", "completion_tokens"))
+    return sum(count for count in counts if isinstance(count, int))
 
 
 # A run
@@ -2671,7 +2678,7 @@ class _Screen:
             (5, ", ".join("limit %.3g/s" % one.rate if one.rate else
                           "window %s" % one.window for one in stats if one.rate or one.window)),
             (6, chance and "%d %% refused by chance" % chance),
-            (2, now < self.trouble_at + _PLAIN and self.trouble)]
+            (2, now < self.trouble_at + _FRESH and self.trouble)]
         while len(parts) > 3 and len(", ".join(
                 words for _, words in parts if words)) >= width:
             parts.remove(max(parts))
@@ -2812,7 +2819,7 @@ class _Job:
             if row.problem and self.options.dry_run:
                 _say("%s: %s" % (row.id, row.problem))
             elif row.problem and row.problem.code == "invalid_input":
-                raise row.problem
+                raise ConfigurationError("%s: %s" % (row.id, row.problem))
             bad += row.problem is not None
             size += len(json.dumps(row.body.get("messages", ""), ensure_ascii=False))
             if self.screen.bar and n % 10000 == 9999:
