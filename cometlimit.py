@@ -2659,7 +2659,7 @@ class _Screen:
         now = time.monotonic()
         if now >= self.due and not self.options.quiet:
             self.due = now + (_DRAW if self.bar else _PLAIN)
-            width = shutil.get_terminal_size().columns if self.bar else 80
+            width = self.bar and os.get_terminal_size(sys.stderr.fileno()).columns or 80
             text = stopping or self._progress(client, now, width)
             _say(text[:width - 1], "\x1b[K\r" if self.bar else "\n")
 

@@ -2278,14 +2278,14 @@ class AStop(CommandLine):
             closed.bind(("127.0.0.1", 0))
             place = "127.0.0.1:%d" % closed.getsockname()[1]
             os.environ["COMETAPI_BASE_URL"] = "http://%s/v1" % place
-            began = time.monotonic()
+            self.fast_clock(50.0)
             self.cli("-i", "in", "-o", "out", expect=3)
             self.assertIn("no connection to " + place, self.err)
             with unittest.mock.patch.multiple(cometlimit, _UNREACHED=0.5, _PLAIN=0.2):
+                self.real_time()
                 self.cli("--max-retries", "9", "-i", "in", "-o", "out", expect=3)
             self.assertRegex(self.err, "0/40 done, 0.0/s, no connection to %s\n" % place)
             self.assertRegex(self.err, "never reached: no connection to %s\n" % place)
-            self.assertLess(time.monotonic() - began, 5.0)
 
     def test_comes_at_once_with_a_wish_for_hours(self):
         """A daily limit is not tried again and again: 3, and the hour to come back at."""
@@ -2509,16 +2509,16 @@ class TheScreen(CommandLine):
         self.write("in", rows(20))
 
         def slow(request):
-            time.sleep(0.1)
+            time.sleep(0.06)
             n = int(request.prompt[1:])
             return reply_echo(request) if n % 5 else status(400, {
                 "error": {"code": "\x1b[31mred", "message": "bad\x9b word"}})
         for columns, words in (
                 (120, r"1\d/20 done, [1-4] failed, \d\.\d/s, 0:00:0\d left, 400 \\x1b\[31mred"),
-                (40, r"1\d/20 done, [1-4] failed, 0:00:0\d left$|400 \\x1b")):
+                (40, r"1\d/20 done, [1-4] failed, 400 \\x1b\[31mred$")):
             with self.subTest(columns=columns), self.serve(forever=slow) as server:
                 drawn, stays = self.on_terminal(columns, server, "-c", "1", expect=1)
-                self.assertTrue(5 <= len(drawn) <= 15, drawn)
+                self.assertTrue(3 <= len(drawn) <= 15, drawn)
                 self.assertTrue(any(re.match(words, text) for text in drawn), drawn)
                 self.assertRegex(stays, r"4 x \\x1b\[31mred \(r0, r5, r10, r15\): HTTP 400 ")
                 self.assertLessEqual(max(map(len, stays.split("to go on")[0].split("\n"))), 100)
@@ -2532,7 +2532,7 @@ class TheScreen(CommandLine):
         def stop(process):
             server.await_requests(4)
             process.send_signal(signal.SIGINT)
-        with self.serve(forever=lambda request: time.sleep(1.5) or reply_echo(request)) as server:
+        with self.serve(forever=lambda request: time.sleep(0.8) or reply_echo(request)) as server:
             drawn, stays = self.on_terminal(80, server, "-c", "4", expect=130, act=stop)
         self.assertIn("stopping: 4 in flight, 5 s", drawn)
         self.assertRegex(stays, "4 answered, 0 failed, 0 kept, 16 left")
@@ -2580,7 +2580,7 @@ class AChange(CommandLine):
         def answer(request):
             if len(server.requests) == 6:
                 acted.append(act())
-            time.sleep(0.1)
+            time.sleep(0.04)
             return reply(request.prompt.strip())
         with self.serve(forever=answer) as server:
             self.cli("-c", "4", "-i", "in", "-o", "out", expect=expect)
