@@ -36,6 +36,7 @@ import contextlib
 import copy
 import email.utils
 import errno
+import functools
 import http.client
 import io
 import itertools
@@ -48,7 +49,6 @@ import random
 import re
 import select
 import shlex
-import shutil
 import signal
 import socket
 import sys
@@ -2102,7 +2102,7 @@ def _say(text: str, end: str = "\n") -> None:
     try:
         sys.stderr.write(text + end)
         sys.stderr.flush()
-    except (OSError, AttributeError):  # full or closed: the interpreter is not to retry it
+    except (OSError, AttributeError):  # full or closed: to be tried no more
         sys.stderr = None
 
 
@@ -2121,7 +2121,8 @@ def _in_our_words(text: str) -> str:
 def _options(argv: Optional[List[str]]) -> Any:
     parser = _parser()
     options, unknown = parser.parse_known_args(argv)
-    if options.prompts in ([], ["-"]) and options.input_file is None and not options.demo:
+    if options.prompts in ([], ["-"]) and options.input_file is None and (
+            not options.demo):
         options.prompts, options.input_file = [], "-"
     by_hand = options.input_file in (None, "-") and not options.output_file
     options.form = "text" if options.text else "array" if by_hand else "rows"
@@ -2145,7 +2146,10 @@ def _options(argv: Optional[List[str]]) -> Any:
         _payload("x", dict({"model": "x"}, **options.param))
         options.header = dict(_pair(line, ":", "--header is NAME: VALUE")
                               for line in options.header)
-        options.shard = _shard(options.shard)
+        at, shards = map(int, _pair(options.shard, "/", "--shard is I/N"))
+        options.shard = range(at - 1, sys.maxsize, max(shards, 1))
+        if not 0 < at <= shards:
+            raise ValueError("--shard is I/N, with I from 1 to N")
     except (ValueError, OSError) as fault:
         parser.error(_in_our_words(str(fault)))
     return options
@@ -2154,7 +2158,7 @@ def _options(argv: Optional[List[str]]) -> Any:
 def _parser() -> Any:
     import argparse  # here, as the library's start is not to wait for it
     parser = argparse.ArgumentParser(
-        prog="cometlimit", description=(__doc__ or "").partition("\n")[0], epilog=_EPILOG,
+        prog="cometlimit", description=(__doc__ or "").split("\n")[0], epilog=_EPILOG,
         usage="cometlimit -m MODEL [PROMPT ... | -i FILE] [-o FILE] ... (more: --help)",
         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     add = parser.add_argument
@@ -2162,9 +2166,9 @@ def _parser() -> Any:
     add("-m", "--model", type=_utf8, help="for rows that name none")
     add("-i", "--input-file", metavar="FILE", help="rows to ask; - is stdin")
     add("-o", "--output-file", metavar="FILE", help="rows of results; - is stdout")
-    add("-c", "--max-concurrency", type=int, default=5, metavar="N", help="in flight (5)")
+    add("-c", "--max-concurrency", type=int, default=5, metavar="N", help="at once (5)")
     add("--max-rate", type=float, metavar="N", help="most requests a second")
-    add("--max-retries", type=int, default=4, metavar="N", help="after the first try (4)")
+    add("--max-retries", type=int, default=4, metavar="N", help="for each row (4)")
     add("--timeout", type=float, default=600.0, metavar="SEC", help="of one try (600)")
     add("--param", action="append", default=[], type=_utf8, metavar="NAME=JSON")
     add("--system", type=_utf8, metavar="TEXT", help="a system message for each prompt")
@@ -2210,16 +2214,9 @@ def _json_or_word(text: str) -> Any:
     """A value of JSON; what cannot be meant as such is a text."""
     value = _loosely(text)
     if value in (text, None) and re.match(
-            r"[\[{\"']|(?i:[-+.]?\d[\d.,_]*|true|false|none|nan|[-+]?inf(inity)?|)$", text):
+            r"[\[{\"']|(?i:[-+.]?\d[\d.,_]*|true|false|none|nan|-?inf\w*|)$", text):
         raise ValueError("a value of --param is no JSON: " + text)
     return value
-
-
-def _shard(text: str) -> range:
-    at, shards = map(int, text.split("/")) if re.match(r"\d+/\d+$", text) else (0, 0)
-    if not 0 < at <= shards:
-        raise ValueError("--shard is I/N, with I from 1 to N")
-    return range(at - 1, sys.maxsize, shards)
 
 
 # Rows
@@ -2234,7 +2231,7 @@ _is_csv = re.compile(br'(?=.*")("(""|[^"])*"|[^",]+)(,("(""|[^"])*"|[^",]*))*$')
 
 
 class _Input:
-    """The lines that hold rows: of a file, which can be read again, of a pipe, or prompts.
+    """The lines with rows: of a file, which can be read again, a pipe, or prompts.
 
     A file is read no further than it was long at the start: rows that are appended
     meanwhile are left to the next run.
@@ -2248,12 +2245,12 @@ class _Input:
         self.is_pipe = not prompts and not os.path.isfile(fd)
         if not (prompts or self.is_pipe):
             self.start, self.end = os.lseek(fd, 0, os.SEEK_CUR), os.fstat(fd).st_size
-            self.read = lambda size, at: os.pread(fd, size, at)
+            self.read = functools.partial(os.pread, fd)
         self.index = array.array("q")  # number, start and size of each row's line
         self.lines: Dict[int, Tuple[int, bytes]] = {}  # of a pipe: not asked yet
 
     def scan(self, shard: range) -> Iterator[Optional[int]]:
-        """The shard's rows, counted from 0; None where a pipe has nothing to read yet."""
+        """The shard's rows, from 0; None where a pipe has nothing to read yet."""
         count = row = number = quoted = 0
         start = self.start
         for line in self._lines():
@@ -2261,11 +2258,13 @@ class _Input:
                 yield None
                 continue
             text, number = _strip(line), number + 1
-            if text and not count:
-                self._refuse(text)
             quoted += bool(_is_csv(text))
             if quoted > 1:
                 raise ConfigurationError('the input is CSV: write {"prompt": ...} rows')
+            for matches, what in _NO_ROWS if text and not count else ():
+                if matches(text):
+                    raise ConfigurationError("the input is " + what)
+            self.is_json = self.is_json or not count and text[:1] == b"{"
             if text and count in shard:
                 if self.is_pipe:
                     self.lines[row] = number, text
@@ -2285,16 +2284,10 @@ class _Input:
             raise OSError("the input was cut short meanwhile")
         return number, _strip(line)
 
-    def _refuse(self, first: bytes) -> None:
-        self.is_json = first[:1] == b"{"
-        for matches, what in _NO_ROWS:
-            if matches(first):
-                raise ConfigurationError("the input is " + what)
-
     def _lines(self) -> Iterator[Optional[bytes]]:
         """Lines as bytes: only \\n ends one, others may stand inside of strings."""
-        at, parts, data = self.start, [], None  # type: int, List[bytes], Optional[bytes]
-        while data != b"":
+        at, parts, data = self.start, [b""], b"-"
+        while data:
             if self.is_pipe and not select.select([self.fd], [], [], 0)[0]:
                 yield None
                 continue
@@ -2309,7 +2302,8 @@ class _Input:
 
 
 def _strip(line: bytes) -> bytes:
-    return (line[3:] if line.startswith(b"\xef\xbb\xbf") else line).strip(b" \t\r\n\f\v\0")
+    line = line[3:] if line.startswith(b"\xef\xbb\xbf") else line
+    return line.strip(b" \t\r\n\f\v\0")
 
 
 class _Row(NamedTuple):
@@ -2326,16 +2320,16 @@ def _row(source: _Input, n: int, options: Any) -> _Row:
     name = "line-%d" % number
     try:
         text = line.decode("utf-8")
-        value = _parse(text) if text[0] == "{" else _loosely(text) if source.is_json else text
-        if value is text:
-            value = {"prompt": text}
+        value = _parse(text) if text[0] == "{" else (
+            _loosely(text) if source.is_json else text)
+        value = {"prompt": text} if value is text else value
         if not isinstance(value, dict):
             raise ValueError("a row is an object or a plain prompt")
         value = {field: value[field] for field in value if value[field] is not None}
         own = value.get("custom_id", name if "body" in value else value.get("id", name))
         if isinstance(own, bool) or not isinstance(own, (str, int)):
-            raise ConfigurationError("line %d: a custom_id is a text or a whole number, not %r"
-                                     % (number, own), code="invalid_input")
+            raise ConfigurationError("a custom_id is a text or a whole number, not "
+                                     + repr(own), code="invalid_input")
         name = str(own)
         body = _body(value, options)
     except ConfigurationError as fault:
@@ -2356,13 +2350,13 @@ def _body(value: Dict[str, Any], options: Any) -> Dict[str, Any]:
     body = dict({"model": options.model}, **options.param)
     body.update((name, field) for name, field in given.items() if field is not None
                 and name not in ("custom_id", "id", "method", "url"))
-    prompt = body.pop("prompt", None)
-    if prompt is not None:
-        if "messages" in body:
-            raise ConfigurationError("a row has either a prompt or messages")
-        system = [{"role": "system", "content": options.system}] if options.system else []
-        body["messages"] = prompt if not isinstance(prompt, str) else system + [
-            {"role": "user", "content": prompt}]
+    if "prompt" in body and "messages" in body:
+        raise ConfigurationError("a row has either a prompt or messages")
+    if "prompt" in body:
+        prompt = body.pop("prompt")
+        roles = [("system", options.system), ("user", prompt)][not options.system:]
+        body["messages"] = prompt if not isinstance(prompt, str) else [
+            {"role": role, "content": text} for role, text in roles]
     _payload(body, {})
     last = body["messages"][-1]
     if last.get("role") == "user" and not str(last.get("content")).strip():
@@ -2377,8 +2371,8 @@ def _digest(text: str) -> str:
 
 
 def _result(row: _Row, outcome: Union[Completion, Error]) -> bytes:
-    """The OpenAI Batch output line. A failure stands in both the places where readers look
-    for it: https://github.com/openai/openai-openapi/issues/302"""
+    """The OpenAI Batch output line. A failure stands in both the places where readers
+    look for it: https://github.com/openai/openai-openapi/issues/302"""
     status, body = getattr(outcome, "status_code", 200), outcome.body
     error: Optional[Dict[str, Any]] = None
     if isinstance(outcome, Error):
@@ -2386,9 +2380,11 @@ def _result(row: _Row, outcome: Union[Completion, Error]) -> bytes:
         if isinstance(outcome, ConfigurationError):
             error["line"] = row.line
         if not isinstance(body, dict):
-            body = {"error": {"message": body, "type": None, "param": None, "code": None}}
+            body = {"error": {"message": body, "type": None, "param": None,
+                              "code": None}}
     name = "batch_req_%s_%s" % (_digest(row.id), row.mark)
-    response = {"status_code": status, "request_id": outcome.request_id or name, "body": body}
+    response = {"status_code": status, "body": body,
+                "request_id": outcome.request_id or name}
     return json.dumps({"id": name, "custom_id": row.id, "error": error,
                        "response": response if status else None}).encode() + b"\n"
 
@@ -2429,9 +2425,12 @@ class _Stream:
     def put(self, n: int, row: Optional[_Row], outcome: Any) -> None:
         """Take a result; without a row, it was left."""
         text = getattr(outcome, "text", None)
-        self.early[n] = (_result(row, outcome) if row else b"") if self.form == "rows" else (
-            json.dumps(text, ensure_ascii=False) if self.form == "array" else
-            "" if text is None else text + "\n").encode("utf-8", "backslashreplace")
+        if self.form == "rows":
+            self.early[n] = _result(row, outcome) if row else b""
+        else:
+            words = json.dumps(text, ensure_ascii=False) if self.form == "array" else (
+                "" if text is None else text + "\n")
+            self.early[n] = words.encode("utf-8", "backslashreplace")
         while self.written in self.early:
             if self.form == "array":
                 self.write(b",\n " if self.written else b"[")
@@ -2457,9 +2456,9 @@ class _Stream:
 class _Checkpoint:
     """Results to a file, which is all that a resumed run needs.
 
-    A result is appended, in one piece, as soon as it is there, whatever is still open before
-    it: a kill costs none that was received. close() puts the rows into the input's order and
-    leaves only the last of each, in a copy that takes the file's place.
+    A result is appended, in one piece, as soon as it is there, whatever is still open
+    before it: a kill costs none that was received. close() puts the rows into the order
+    of the input and leaves the last of each, in a copy that takes the file's place.
     """
     written = sys.maxsize  # no row waits for those before it
 
@@ -2467,8 +2466,8 @@ class _Checkpoint:
         self.fd, self.path, self.skip_failed = fd, path, skip_failed
         # The offset + 1 of each row's line: negative for a failure; 0: there is none.
         self.places = array.array("q")
-        # By id, of rows not met yet: the same << 64, with the mark or, of a failure, whether
-        # it was one for good. Tuples would take 100 bytes more for each.
+        # By id, of rows not met yet: the same << 64, with the mark or, of a failure,
+        # whether it was one for good. Tuples would take 100 bytes more for each.
         self.found: Dict[str, int] = {}
         self.lines = self.end = self.tokens = self.skipped = 0
         self.gap = b""  # what is missing at the end
@@ -2480,7 +2479,7 @@ class _Checkpoint:
         try:
             fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if not self._is_there():
-                raise BlockingIOError  # a run that has just ended put another in its place
+                raise BlockingIOError  # by a run that has just ended
         except BlockingIOError:
             raise ConfigurationError("another run writes to %s" % self.path) from None
         except OSError as fault:
@@ -2498,9 +2497,11 @@ class _Checkpoint:
             for line in lines:
                 whole = line.endswith(b"\n")
                 try:
-                    self._learn(_parse(line.decode("utf-8").lstrip("\ufeff"), 2 * _MAX_DEPTH))
+                    text = line.decode("utf-8").lstrip("\ufeff")
+                    self._learn(_parse(text, 2 * _MAX_DEPTH))
                 except (ValueError, LookupError, TypeError, AttributeError):
-                    if not whole and (self.found or line[:len(start)] == start[:len(line)]):
+                    is_ours = self.found or start.startswith(line[:len(start)])
+                    if is_ours and not whole:
                         break  # torn by a kill: the next row takes its place
                     bad += 1
                 self.lines, self.end = self.lines + 1, self.end + len(line)
@@ -2513,29 +2514,34 @@ class _Checkpoint:
 
     def _learn(self, result: Any) -> None:
         """Take note of an output line, whoever wrote it."""
-        name, response, error = str(result["custom_id"]), result["response"], result["error"]
-        place, response = self.end + 1 << 64, response if isinstance(response, dict) else {}
+        name, place = str(result["custom_id"]), self.end + 1
+        response, error = result["response"], result.get("error")
+        response = response if isinstance(response, dict) else {}
         status, body = response.get("status_code"), response.get("body")
-        if error is None and status in range(200, 300) and body and not body.get("error"):
-            found = re.match("batch_req_[0-9a-f]{16}(_[0-9a-f]{16})?$", str(result.get("id")))
-            # Rows of other programs have no mark, and those of version 1.0 one that fits none.
-            self.found[name] = place | (int((found.group(1) or "_1")[1:], 16) if found else 0)
+        is_good = error is None and body and not body.get("error")
+        if is_good and status in range(200, 300):
+            found = re.match("batch_req_[0-9a-f]{16}(?:_([0-9a-f]{16}))?$",
+                             str(result.get("id")))
+            # Rows of other programs have no mark; version 1.0 made marks that fit none.
+            mark = int(found.group(1) or "1", 16) if found else 0
+            self.found[name] = place << 64 | mark
             self.tokens += _tokens(body.get("usage"))
         elif self.found.get(name, 0) <= 0:
-            code = str(error["code"]) if isinstance(error, dict) and "code" in error else ""
-            self.found[name] = -(place | (
-                status not in RETRYABLE | {401, 402} if status else code[:8] == "invalid_"))
+            code = error.get("code") if isinstance(error, dict) else None
+            self.found[name] = -(place << 64 | (
+                status not in RETRYABLE | {401, 402} if status
+                else str(code).startswith("invalid_")))
 
     def meet(self, row: _Row) -> int:
-        """The state of the input's next row. Raises ConfigurationError if what was answered
-        is another question."""
+        """The state of the input's next row. Raises ConfigurationError if what was
+        answered is another question."""
         found = self.found.get(row.id, 0)
         place, mark = divmod(abs(found), 1 << 64)
         self.places.append(0)
         if found > 0 and mark not in (0, int(row.mark, 16)):
             raise ConfigurationError(
-                "%s is of another input or other settings: there, %r asked something else. "
-                "Name another -o, or delete such rows" % (self.path, row.id))
+                "%s is of another input or other settings: there, %r asked something "
+                "else. Name another -o, or delete such rows" % (self.path, row.id))
         self.places[-1] = place if found > 0 else -place
         self.found.pop(row.id, None)
         is_skipped = found < 0 and self.skip_failed and mark > 0
@@ -2565,7 +2571,8 @@ class _Checkpoint:
         os.fsync(self.fd)
         self._check_size()
         if not self._is_there():
-            _say("cometlimit: %s was removed or replaced: it is written anew" % self.path)
+            _say("cometlimit: %s was removed or replaced: it is written back"
+                 % self.path)
             self._replace(None)
 
     def close(self, _: int) -> None:
@@ -2584,8 +2591,8 @@ class _Checkpoint:
             raise OSError("another program has written to %s" % self.path)
 
     def _replace(self, places: Optional[List[int]]) -> None:
-        """Put a copy with these rows (None: all) into the file's place: with its mode and,
-        under its descriptor, its lock."""
+        """Put a copy with these rows (None: all) into the file's place: with its mode
+        and, under its descriptor, its lock."""
         draft = self.path + ".sorted"
         fd = os.open(draft, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o600)
         try:
@@ -2627,8 +2634,9 @@ class _Screen:
         self.is_reached = False
         self.began = time.monotonic()
         self.past = collections.deque([(self.began, 0)])  # what was done by when
-        shared = options.output_file in (None, "-") and sys.stdout and sys.stdout.isatty()
-        self.bar = not (options.quiet or shared) and sys.stderr and sys.stderr.isatty()
+        shared = options.output_file in (None, "-") and sys.stdout  # with the answers
+        self.bar = not (options.quiet or shared and shared.isatty()) and (
+            sys.stderr and sys.stderr.isatty())
         self.due = self.began + (0.0 if self.bar else _PLAIN)
 
     def attempt(self, record: Record, place: str) -> None:
@@ -2637,9 +2645,10 @@ class _Screen:
         if record.error is not None:
             self.trouble_at = time.monotonic()
             if not self.trouble:
-                self.due = min(self.due, self.trouble_at + 1.0)  # the first is shown early
-            self.trouble = "no connection to " + place if record.error[:7] == "connect" else (
-                "%s %s" % (record.status or "", record.error)).replace("http_", "HTTP ")
+                self.due = min(self.due, self.trouble_at + 1.0)  # the first comes early
+            self.trouble = "no connection to " + place if (
+                record.error.startswith("connect")) else "%s %s" % (
+                record.status or "", record.error)
 
     def count(self, row: _Row, outcome: Union[Completion, Error]) -> None:
         if not isinstance(outcome, Error):
@@ -2664,19 +2673,22 @@ class _Screen:
             _say(text[:width - 1], "\x1b[K\r" if self.bar else "\n")
 
     def _progress(self, client: Client, now: float, width: int) -> str:
-        done, total, stats = self.answers + self.failures, self.total, client.metrics.values()
+        done, total = self.answers + self.failures, self.total
+        stats = client.metrics.values()
         self.past.append((now, done))
         while self.past[0][0] < now - 60.0:
             self.past.popleft()
         rate = (done - self.past[0][1]) / max(0.001, now - self.past[0][0])
         left = (total - self.kept - done) / rate if total and rate else 0.0
         chance = max([100 * one.chance // max(1, one.requests) for one in stats] or [0])
-        parts = [  # each with its rank: the highest gives way where the line is too short
+        parts = [  # each with its rank: the highest gives way where there is no room
             (0, "%d%s done" % (done + self.kept, "/%d" % total if total else "")),
             (1, self.failures and "%d failed" % self.failures), (4, "%.1f/s" % rate),
-            (3, left and "%d:%02d:%02d left" % (left // 3600, left // 60 % 60, left % 60)),
+            (3, left and "%d:%02d:%02d left" % (
+                left // 3600, left // 60 % 60, left % 60)),
             (5, ", ".join("limit %.3g/s" % one.rate if one.rate else
-                          "window %s" % one.window for one in stats if one.rate or one.window)),
+                          "window %s" % one.window
+                          for one in stats if one.rate or one.window)),
             (6, chance and "%d %% refused by chance" % chance),
             (2, now < self.trouble_at + _FRESH and self.trouble)]
         while len(parts) > 3 and len(", ".join(
@@ -2692,11 +2704,11 @@ class _Screen:
                 yield textwrap.fill("%d x %s (%s%s): %s" % (
                     count, code, ", ".join(ids), ", ..." * (count > len(ids)),
                     message[:300]), 80, subsequent_indent="  ")
-        odd = [words % number for words, number in (
-            ("%d without text", sum(one.empty for one in stats)),
-            ("%d cut off by a length limit", sum(one.cut_off for one in stats))) if number]
-        if odd:
-            yield "of the answers: " + ", ".join(odd)
+        odd = [(sum(one.empty for one in stats), "without text"),
+               (sum(one.cut_off for one in stats), "cut off by a length limit")]
+        if any(number for number, _ in odd):
+            yield "of the answers: " + ", ".join(
+                "%d %s" % pair for pair in odd if pair[0])
         if isinstance(sink, _Checkpoint):
             yield "tokens: %d in this run, %d in all of %s" % (
                 self.tokens, sink.tokens, sink.path)
@@ -2713,7 +2725,7 @@ class _Job:
 
     def __init__(self, options: Any, stack: contextlib.ExitStack) -> None:
         self.options, self.stack, self.screen = options, stack, _Screen(options)
-        self.events: Any = queue.Queue()  # what happened: the method for it, and its argument
+        self.events: Any = queue.Queue()  # what happened: its method, and the argument
         self.calls: Dict[Future, Tuple[int, _Row]] = {}  # under way
         self.files: Dict[str, int] = {}   # that are open, by what they are for
         self.ids: Set[str] = set()
@@ -2721,17 +2733,20 @@ class _Job:
         self.cursors = [0, 0, 0]          # where to look for the next row, by state
         self.doubt = _Doubt()
         self.signal = 0
-        self.reason, self.until, self.looked = "", math.inf, 0.0  # why and when it ends early
+        self.reason, self.until = "", math.inf  # why, and when, it ends early
+        self.looked = 0.0
         self.is_sending = self.is_reading = False
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if threading.current_thread() is threading.main_thread() and (
                     signal.getsignal(number) is not signal.SIG_IGN):  # as under nohup
-                stack.callback(signal.signal, number, signal.signal(number, self._on_signal))
+                stack.callback(signal.signal, number,
+                               signal.signal(number, self._on_signal))
         self.client = Client(
             api_key="none" if options.dry_run else None, base_url=options.base_url,
             max_concurrency=options.max_concurrency, max_rate=options.max_rate,
-            max_retries=options.max_retries, timeout=options.timeout, headers=options.header,
-            ca_file=options.ca_file, allow_http=options.allow_http,
+            max_retries=options.max_retries, timeout=options.timeout,
+            headers=options.header, ca_file=options.ca_file,
+            allow_http=options.allow_http,
             on_record=lambda record: self.events.put((self._log, record)))
         stack.callback(self.client.close)
         self.place = urllib.parse.urlsplit(self.client.base_url).netloc
@@ -2740,15 +2755,14 @@ class _Job:
         self.sink = self._output(options.output_file or "-")
 
     def run(self) -> int:
-        """Returns the exit status. Raises ConfigurationError or OSError before anything is
-        sent."""
+        """Returns the exit status. Raises Error or OSError before anything is sent."""
         if self.options.dry_run:
             return int(self._survey() > 0)
         if not self.input.is_pipe:
             self._survey()
             self.screen.total = len(self.todo)
         self.joblog = self.options.joblog and self._open(
-            "job log", self.options.joblog, os.O_WRONLY)
+            "job log", self.options.joblog, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         lost, self.is_sending, self.is_reading = False, True, self.input.is_pipe
         try:
             self.sink.begin()
@@ -2758,7 +2772,7 @@ class _Job:
                     handle(what)
                 self._look()
             self.sink.close(len(self.todo))
-        except (OSError, ConfigurationError) as fault:  # nothing can be written any more
+        except (OSError, ConfigurationError) as fault:  # no result can be written
             if self.is_reading and not self.todo:
                 raise
             lost, self.reason = True, "the results cannot be written: %s" % fault
@@ -2770,46 +2784,43 @@ class _Job:
         if not self.is_sending:
             raise SystemExit(128 + number)
         if self.signal:
-            os._exit(128 + number)  # the second one: what was received is written already
+            os._exit(128 + number)  # the second one: no row waits to be written
         self.signal = number
 
     def _input(self, path: Optional[str]) -> _Input:
         if path is None:
             return _Input(-1, self.options.prompts)
-        file = open(sys.stdin.fileno() if path == "-" else path, "rb", buffering=0,
-                    closefd=path != "-")
-        self.stack.callback(file.close)
-        self.files["input"] = file.fileno()
-        return _Input(file.fileno(), [])
+        return _Input(self._open("input", sys.stdin.fileno() if path == "-" else path,
+                                 os.O_RDONLY), [])
 
     def _output(self, path: str) -> Any:
-        form, is_file = self.options.form, os.path.isfile(path)
-        if self.options.dry_run and not is_file:
+        form, mode = self.options.form, os.O_CREAT | os.O_APPEND
+        if self.options.dry_run and not os.path.isfile(path):
             return _Stream(len, form)
         if path == "-":
             write = _stdout()
             with contextlib.suppress(OSError):  # a stream of Python's is no file
-                self._refuse_open(sys.stdout.fileno(), "stdout")
+                self._open("stdout", sys.stdout.fileno(), 0)
             return _Stream(write, form)
-        if is_file or not os.path.exists(path):
-            fd = self._open("output", path, os.O_RDWR)
-            return _Checkpoint(fd, os.path.realpath(path), self.options.skip_failed)
-        fd = self._open("output", path, os.O_WRONLY)  # a pipe or a device
+        if os.path.isfile(path) or not os.path.exists(path):
+            return _Checkpoint(self._open("output", path, mode | os.O_RDWR),
+                               os.path.realpath(path), self.options.skip_failed)
+        fd = self._open("output", path, mode | os.O_WRONLY)  # a pipe or a device
         return _Stream(lambda data: _write(fd, data), form)
 
-    def _open(self, role: str, path: str, mode: int) -> int:
-        self._refuse_open(path, path)
-        self.files[role] = fd = os.open(path, mode | os.O_CREAT | os.O_APPEND, 0o666)
-        self.stack.callback(os.close, fd)
-        return fd
-
-    def _refuse_open(self, file: Union[str, int], name: str) -> None:
-        for role, fd in self.files.items():
+    def _open(self, role: str, file: Union[int, str], mode: int) -> int:
+        """A descriptor for a file that has no other role."""
+        for other, fd in self.files.items():
             if os.path.isfile(file) and os.path.samefile(file, fd):
-                raise ConfigurationError("%s is the %s" % (name, role))
+                raise ConfigurationError("the %s is the %s" % (role, other))
+        if isinstance(file, str):
+            file = os.open(file, mode, 0o666)
+            self.stack.callback(os.close, file)
+        self.files[role] = file
+        return file
 
     def _survey(self) -> int:
-        """Go through the whole input before anything is sent. Returns how many are bad."""
+        """Read the whole input before anything is sent. Returns how many are bad."""
         bad = size = 0
         for n in self.rows:
             if n is None:
@@ -2843,8 +2854,7 @@ class _Job:
             self.todo[n] = self.sink.meet(row)
             self.screen.kept += self.todo[n] == _DONE
             if row.id in self.ids:
-                raise ConfigurationError(
-                    "line %d: the custom_id %r stands twice in the input" % (row.line, row.id))
+                raise ConfigurationError("the custom_id %r stands twice" % row.id)
         except ConfigurationError as problem:
             problem.code = "invalid_input"
             return row._replace(problem=problem)
@@ -2877,20 +2887,19 @@ class _Job:
     def _read(self) -> None:
         """Take from a pipe what is there, as far as there is room for it."""
         room = self.options.max_concurrency * (16 if self.doubt.models else 2)
-        while self.todo.count(_NEW) < room and len(self.todo) < self.sink.written + 8 * room:
+        while self.todo.count(_NEW) < room and (
+                len(self.todo) < self.sink.written + 8 * room):
             n = next(self.rows, -1)
-            if n is None:
-                return
-            if n < 0:
-                self.is_reading = False
+            self.is_reading = n != -1
+            if n is None or n < 0:
                 return
             row = self._meet(n)
             if row.problem:
                 self._ask(n, row)
 
     def _next(self) -> Optional[int]:
-        """The next row to ask: new ones before those that failed in an earlier run, and of
-        models in doubt only samples. None: none for now."""
+        """The next row to ask: new ones before those that failed in an earlier run, and
+        of models in doubt only samples. None: none for now."""
         doubt = self.doubt
         sample = doubt.sample(self.todo, self.models)
         if sample is not None:
@@ -2998,14 +3007,15 @@ class _Job:
             _say("to go on: " + " ".join(words))
         if self.signal:
             return int(128 + self.signal)
-        return 3 if is_early else int(bool(left or screen.failures or self.sink.skipped))
+        is_lacking = left or screen.failures or self.sink.skipped
+        return 3 if is_early else 1 if is_lacking else 0
 
 
 class _Doubt:
-    """Whether failures are the rows' own matter, or their model's, account's or server's.
+    """Whether failures are a row's own matter, or the model's, account's or server's.
 
-    A model is in doubt once five of its rows failed alike, no answer between, for a reason
-    that rows may share. Then only samples from all over the input are asked. When these
+    A model is in doubt once five of its rows failed alike, no answer between, for a
+    reason that rows may share. Then only samples from all over the input are asked. When these
     fail alike too, five or, if such failures may pass, fifty, its rows are left.
     """
 
@@ -3028,7 +3038,7 @@ class _Doubt:
             self.models.add(model)
         elif is_sample and self.alike[key] >= (
                 _PATIENCE if error.retryable and is_reached else _ALIKE):
-            self.gone[model] = "rows of %s fail alike all over the input: %s" % (model, error)
+            self.gone[model] = "rows of %s fail alike: %s" % (model, error)
 
     def dismiss(self, model: str) -> bool:
         """An answer came. Returns whether the model was in doubt."""
@@ -3039,9 +3049,10 @@ class _Doubt:
         return was_in_doubt
 
     def sample(self, todo: bytearray, models: List[str]) -> Optional[int]:
-        """A row, far from the last sample, of a model in doubt; None: enough are under way."""
+        """A row, far from the last one, of a model in doubt; None: there are enough."""
         for model in self.models - set(self.gone):
-            failed = sum(self.alike[key] for key in self.alike if key[::2] == (model, True))
+            failed = sum(count for key, count in self.alike.items()
+                         if key[::2] == (model, True))
             if len(self.samples) + failed % _ALIKE < _ALIKE:
                 self.spot = (self.spot + len(todo) * 61 // 99 + 1) % len(todo)
                 for n in itertools.chain(range(self.spot, len(todo)), range(self.spot)):
@@ -3054,14 +3065,15 @@ class _Doubt:
 def _demo(stack: contextlib.ExitStack) -> int:
     """A run against a rate-limited server in this process."""
     import socketserver
-    rate, prompts, lock, full = 8, 40, threading.Lock(), [0.0]  # when the bucket is full again
+    rate, prompts, lock = 8, 40, threading.Lock()
+    full = [0.0]  # when the bucket is full again
 
     class Handler(socketserver.StreamRequestHandler):
         def handle(self) -> None:
             while self.rfile.readline():
                 size = int(http.client.parse_headers(self.rfile)["content-length"])
                 self.rfile.read(size)
-                status, value = 429, {"error": {"message": "slow down"}}  # type: int, Any
+                status, value = 429, {"error": {}}  # type: int, Any
                 with lock:
                     soonest = max(full[0], time.monotonic()) + 1 / rate
                     if soonest <= time.monotonic() + 1.0:
