@@ -8,13 +8,16 @@ import collections
 import concurrent.futures
 import contextlib
 import copy
+import errno
 import gc
+import gzip
 import heapq
 import inspect
 import io
 import itertools
 import json
 import logging
+import lzma
 import math
 import os
 import pickle
@@ -1729,7 +1732,7 @@ class CommandLine(Case):
             sys.stdin = io.TextIOWrapper(file, "ascii")
             sys.stdout, sys.stderr = [io.TextIOWrapper(io.BytesIO(), "ascii") for _ in "oe"]
             try:
-                code = cometlimit.main(["-m", "m", "--retries", "0"] + list(argv))
+                code = cometlimit.main(["-m", "m", "--max-retries", "0"] + list(argv))
                 texts = []
                 for stream in (sys.stdout, sys.stderr):
                     stream.flush()
@@ -1745,7 +1748,7 @@ class CommandLine(Case):
         """A process of the program, killed with the test if it is still there."""
         options = dict(dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE), **options)
         process = subprocess.Popen(
-            list(wrap) + PROGRAM + ["-m", "m", "--retries", "0"] + list(argv), **options)
+            list(wrap) + PROGRAM + ["-m", "m", "--max-retries", "0"] + list(argv), **options)
 
         def end():
             process.kill()
@@ -1777,10 +1780,25 @@ class Prompts(CommandLine):
 
     def test_one_that_fails_is_null(self):
         """A failed prompt is null in its place; its error is on stderr, and the status is 1."""
-        with self.serve(reply("one"), status(400, {"error": {"message": "not this"}}), reply("3")):
-            out = self.cli("-c", "1", "-q", "a", "b", "c", expect=1)
-        self.assertEqual(json.loads(out.decode()), ["one", None, "3"])
-        self.assertIn("not this", self.err)
+        bad = status(400, {"error": {"message": "not this"}})
+        with self.serve(forever=lambda request: bad if request.prompt == "b" else (
+                reply_echo(request))):
+            out = self.cli("a", "b", "c", expect=1)
+            self.assertEqual(json.loads(out.decode()), ["a", None, "c"])
+            self.assertEqual(self.err.count("not this"), 1)
+            self.assertEqual(self.cli("b", expect=1), b"[null]\n")
+            self.assertEqual(self.err, "cometlimit: line-1: HTTP 400: not this\n")
+            self.assertEqual(self.cli("--text", "-q", "a", "b", "c", expect=1), b"a\nc\n")
+
+    def test_are_answered_by_bare_text(self):
+        """--text: one answer after the other, each with a newline, in order; no table for one."""
+        with self.serve(forever=reply_echo):
+            self.assertEqual(self.cli("--text", "two\nlines", "é"), "two\nlines\né\n".encode())
+            self.assertEqual(self.cli("--text", "a"), b"a\n")
+            self.assertEqual(self.err, "")
+            self.assertEqual(self.cli("--text", stdin=b"a\nb\n"), b"a\nb\n")
+            self.write("in", rows(2))
+            self.assertEqual(self.cli("--text", "-i", "in"), b"p0\np1\n")
 
     def test_are_taken_as_they_stand(self):
         """What looks like JSON or has line ends is still one prompt, and reaches the model."""
@@ -1793,7 +1811,7 @@ class Prompts(CommandLine):
         for stdin, expected in (
                 (b"", []), (b"a", ["a"]), (b"a\r\n\n  \nb\n", ["a", "b"]),
                 (BOM + b"a\n" + BOM + b"b\n", ["a", "b"]),
-                (b"{not json\n[draft] b\n12\n", ["{not json", "[draft] b", "12"]),
+                (b"[draft] b\n12\n[1]\n", ["[draft] b", "12", "[1]"]),
                 ("a\u2028b\x85c\x0bd\n".encode(), ["a\u2028b\x85c\x0bd"]),
                 ("«oui»\n«non»\n".encode(), ["«oui»", "«non»"]),
                 ("！（x）\n！y\n".encode(), ["！（x）", "！y"]), (b"a\n\0\0\0", ["a"])):
@@ -1803,14 +1821,17 @@ class Prompts(CommandLine):
 
     def test_are_answered_readably(self):
         """Letters of all scripts stand as themselves, half surrogates as escapes."""
-        with self.serve(reply("Grüße 漢字 \U0001f600"), reply("half \ud83d")):
-            out = self.cli("-c", "1", "a", "b").decode()
+        with self.serve(reply("Grüße 漢字 \U0001f600")):
+            out = self.cli("a").decode()
         self.assertIn("Grüße 漢字 \U0001f600", out)
-        self.assertEqual(json.loads(out), ["Grüße 漢字 \U0001f600", "half \ud83d"])
+        with self.serve(reply("half \ud83d")):
+            self.assertEqual(self.cli("a"), b'["half \\ud83d"]\n')
 
     def test_have_their_places_even_after_a_stop(self):
         """However a run ends, the array has a place for every prompt, null without an answer."""
-        with self.serve(reply("0"), forever=self.tiring(status(401, "bad key"))):
+        tired = self.tiring(status(401, "bad key"))
+        with self.serve(forever=lambda request: reply("0") if request.prompt == "0" else (
+                tired(request))):
             out = self.cli("-c", "1", *map(str, range(30)), expect=3)
         self.assertEqual(json.loads(out.decode()), ["0"] + [None] * 29)
 
@@ -1821,7 +1842,7 @@ class Prompts(CommandLine):
             time.sleep(0.5)
             return reply_echo(request)
         with self.serve(forever=late) as server:
-            process = self.start("-c", "3", "--retries", "4", "0", "1", "2")
+            process = self.start("-c", "3", "--max-retries", "4", "0", "1", "2")
             server.await_requests(3)
             time.sleep(0.2)
             process.send_signal(signal.SIGTERM)
@@ -1832,7 +1853,7 @@ class Prompts(CommandLine):
 class InputRows(CommandLine):
 
     def test_may_have_many_forms(self):
-        """Batch requests, bare bodies, {"prompt": ...}, JSON strings and plain text are asked."""
+        """Batch requests, bare bodies, {"prompt": ...} and plain text are asked; null is absent."""
         chat = [{"role": "user", "content": "x"}]
         body = {"model": "own", "messages": chat}
         batch = {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": body}
@@ -1843,13 +1864,18 @@ class InputRows(CommandLine):
                 (batch, "a", body), (dict(batch, custom_id=7), "7", body), (bare, "line-1", bare),
                 ({"custom_id": "a", "body": body, "note": 1}, "a", body),
                 (dict(batch, url="https://host/v1/chat/completions"), "a", body),
+                (dict(batch, url=None, method=None, body=dict(body, stop=None)), "a", body),
+                ({"prompt": "x", "messages": None, "model": None, "n": None}, "line-1", said),
+                ({"prompt": None, "messages": chat, "custom_id": None}, "line-1", said),
                 ({"prompt": "x"}, "line-1", said), ({"prompt": chat}, "line-1", said),
+                ({"prompt": "x", "id": 3}, "3", said), ({"messages": chat, "id": "b"}, "b", said),
+                (dict(batch, id="c"), "a", body), ({"id": "a", "body": body}, "line-1", body),
                 ({"prompt": "x", "n": 2}, "line-1", dict(said, n=2)),
-                ({"prompt": "x", "self": 2}, "line-1", dict(said, self=2)),
+                ({"prompt": "x", "self": 2, "tag": 1}, "line-1", dict(said, self=2, tag=1)),
                 ({"custom_id": "é\ud800", "messages": chat}, "é\ud800", said),
-                ("x", "line-1", said),
                 (b"x\n", "line-1", said), (b"x", "line-1", said), (b"  x\r\n", "line-1", said),
-                (BOM + b"x\n", "line-1", said), (b'\n \n"x"\n', "line-3", said),
+                (BOM + b"x\n", "line-1", said), (b'\n \nx\n', "line-3", said),
+                (b'"x"\n', "line-1", dict(said, messages=[{"role": "user", "content": '"x"'}])),
                 (BOM + line(batch), "a", body), (line(batch) + b"\0\0\0\0", "a", body),
                 ('{"prompt": "x\u2028\x85y"}'.encode(), "line-1", wide)):
             with self.subTest(text=text), self.serve(reply("yes")) as server:
@@ -1861,23 +1887,57 @@ class InputRows(CommandLine):
     def test_that_are_bad_fail_alone(self):
         """A bad row becomes an error row with its line; it is not sent, and stops nothing."""
         batch = {"custom_id": "bad", "body": {"messages": [{"role": "user", "content": "x"}]}}
-        bad = [(b"{\n", "invalid_json_line"), (b'{"prompt": NaN}\n', "invalid_json_line"),
-               (b"\xff\xfe\n", "invalid_json_line"), (b"{" * 5000 + b"\n", "invalid_json_line")]
+        bad = [(text, "invalid_json_line") for text in (
+            b"{\n", b"{'prompt': 'x'}\n", b"\xff\xfe\n", b"{" * 5000 + b"\n", b"null\n",
+            b"123\n", b'["x"]\n')]
         bad += [(value, "invalid_request") for value in (
             dict(batch, url="/v1/embeddings"), dict(batch, method="GET"), dict(batch, body="x"),
             {"custom_id": "x"}, {"prompt": "x", "stream": True}, {"prompt": 5}, {"prompt": []},
-            b"[1, 2]\n", {"prompt": "x", "model": 5})]
+            {"prompt": "x", "messages": [{}]}, {"prompt": "x", "model": 5}, {"prompt": None},
+            {"prompt": "x", "timeout": 5})]
         for text, code in bad:
-            self.write("in", ["first", text, "last"])
-            with self.subTest(text=text):
-                with self.serve(reply("1"), reply("3")):
-                    self.cli("-c", "1", "-q", "-i", "in", "-o", "out", expect=1)
+            self.write("in", [{"prompt": "first"}, text, b"last\n"])
+            with self.subTest(text=text), self.serve(forever=reply_echo) as server:
+                self.cli("-q", "-i", "in", "-o", "out", expect=1)
                 error = self.results()[1]["error"]
                 self.assertEqual((error["code"], error["line"]), (code, 2))
-                self.assertEqual([text for _, text in self.answers()], ["1", code, "3"])
+                self.assertEqual([text for _, text in self.answers()], ["first", code, "last"])
                 os.unlink("out")
                 self.cli("--dry-run", "-i", "in", expect=1)
                 self.assertIn("3 rows, 1 bad", self.err)
+                self.assertRegex(self.err, error["message"][:30].replace("(", r"\("))
+                self.assertEqual(len(server.requests), 2)
+
+    def test_that_cannot_be_meant_are_refused(self):
+        """Files of another kind, ids of no use and empty prompts end the run; nothing is sent."""
+        document = [{"custom_id": "a", "prompt": "x"}, {"custom_id": "b", "prompt": "y"}]
+        for data, words in (
+                ("Say hello.\nBye.\n".encode("utf-16"), "UTF-16"),
+                ("Say hello.\nBye.\n".encode("utf-16-le"), "UTF-16"),
+                ('{"prompt": "x"}\n'.encode("utf-16-be"), "UTF-16"),
+                ("Say hello.\n".encode("utf-32"), "UTF-16"),
+                (gzip.compress(b"Say hello.\n"), "packed"), (b"PK\3\4\x14\0zip", "packed"),
+                (lzma.compress(b"Say hello.\n"), "packed"),
+                (json.dumps(document, indent=2).encode(), "JSON document"),
+                (json.dumps(document).encode(), "JSON document"), (b'["a",\n"b"]\n', "document"),
+                (json.dumps(document[0], indent=2).encode(), "JSON document"),
+                (b'id,prompt\n1,"Hello, you"\n2,"So ""it"" is, then"\n', "CSV"),
+                (b'{"custom_id": 1001.0, "prompt": "x"}\n', "line-1.*custom_id.*1001.0"),
+                (b'plain\n{"custom_id": true, "prompt": "x"}\n', "line-2.*custom_id.*True"),
+                (b'{"prompt": "x"}\n{"prompt": " "}\n', "line-2.*empty"),
+                (b'{"messages": [{"role": "user", "content": ""}]}\n', "line-1.*empty")):
+            with self.subTest(data=data[:40]), self.serve():
+                self.write("in", [data])
+                self.cli("-i", "in", "-o", "out", expect=2)
+                self.assertRegex(self.err, "(?s)error: .*" + words)
+                self.cli("-", stdin=data, expect=2)
+        with self.serve():
+            self.cli("a", "", expect=2)
+            self.assertIn("empty", self.err)
+            self.finish(self.start("-"), 2, stdin="Say hello.\n".encode("utf-16"))
+        with self.serve(forever=reply_echo):  # quotes alone make no CSV
+            for text in (b'"To be", who said "or not"?\n', b'Who said "I have a dream"?\n'):
+                self.cli("-", stdin=text * 2)
 
     def test_with_one_name_are_refused(self):
         """Two rows of one custom_id end the run before anything is sent."""
@@ -1925,7 +1985,7 @@ class OutputRows(CommandLine):
                                              "body": answer}, None),
                 (status(400, refusal, head), {"status_code": 400, "request_id": "q1",
                                               "body": refusal}, "odd"),
-                (status(404, {"detail": "x"}), {"status_code": 404, "request_id": None,
+                (status(404, {"detail": "x"}), {"status_code": 404, "request_id": "ours",
                                                 "body": {"detail": "x"}}, "http_404"),
                 (hang_up(), None, "connection_error"), (stall(), None, "timeout")):
             with self.subTest(error=error), self.serve(script):
@@ -1933,7 +1993,9 @@ class OutputRows(CommandLine):
                 row = json.loads(self.cli("-q", "-i", "in", "--timeout", "0.3",
                                           expect=int(bool(error))).decode())
                 self.assertEqual(sorted(row), ["custom_id", "error", "id", "response"])
-                self.assertRegex(row["id"], "^batch_req_")
+                self.assertRegex(row["id"], "^batch_req_[0-9a-f]{16}_[0-9a-f]{16}$")
+                if response and response["request_id"] == "ours":  # as the server gave none
+                    response["request_id"] = row["id"]
                 self.assertEqual(row["response"], response)
                 self.assertEqual(row["error"] and row["error"]["code"], error)
                 self.assertIsInstance(row["error"] and row["error"]["message"], (str, type(None)))
@@ -1975,14 +2037,17 @@ class AResumedRun(CommandLine):
 
     def test_asks_only_what_is_missing_or_failed(self):
         """The same command again sends the rest; then nothing."""
-        with self.serve(reply("0"), status(400, "no"), reply("2"), status(400, "no")):
-            self.cli("-c", "1", "-i", "in", "-o", "out", expect=1)
-        self.assertIn("to go on: python3 ", self.err)
-        with self.serve(reply("1"), reply("3")) as server:
+        odd = lambda request: (  # noqa: E731
+            status(400, "no") if request.prompt in ("p1", "p3") else reply(request.prompt[1:]))
+        with self.serve(forever=odd):
+            self.cli("-i", "in", "-o", "out", expect=1)
+        self.assertIn("to go on: %s " % sys.executable, self.err)
+        with self.serve(forever=reply_echo) as server:
             self.cli("-c", "1", "-i", "in", "-o", "out")
-            self.assertEqual([request.prompt for request in server.requests], ["p1", "p3"])
-        self.assertEqual(self.answers(), [("r%d" % n, str(n)) for n in range(4)])
-        self.refused("-i", "in", "-o", "in", words="in is the input")
+            self.assertEqual(sorted(request.prompt for request in server.requests), ["p1", "p3"])
+        self.assertEqual(self.answers(), [
+            ("r0", "0"), ("r1", "p1"), ("r2", "2"), ("r3", "p3")])
+        self.refused("-i", "in", "-o", "in", words="is the input")
         before = self.read("out")
         with self.serve():
             self.cli("-i", "in", "-o", "out")
@@ -2002,7 +2067,7 @@ class AResumedRun(CommandLine):
                 (True, said({"error": {"message": "no"}})), (True, {"response": None}),
                 (True, {"response": []}), (True, {"error": {"code": "x", "message": "y"}}),
                 (True, said({"choices": []}, [])),
-                (False, {}), (False, {"response": {"choices": [{"message": {"content": "old"}}]}})):
+                (False, {})):
             with self.subTest(fields=fields):
                 kept = line(result("r0", **fields))
                 self.write("out", [kept] + [result("r%d" % n) for n in (1, 2, 3)])
@@ -2184,7 +2249,7 @@ class ASignal(CommandLine):
                 return status(503) if request.prompt == "p1" else reply_echo(request)
             with self.subTest(number=number), self.serve(forever=late) as server:
                 self.write("in", rows(50))
-                process = self.start("-c", "2", "--retries", "4", "-i", "in", "-o", "out")
+                process = self.start("-c", "2", "--max-retries", "4", "-i", "in", "-o", "out")
                 server.await_requests(2)
                 process.send_signal(number)
                 self.finish(process, code)
@@ -2234,46 +2299,100 @@ class ASignal(CommandLine):
 
 class AStop(CommandLine):
 
-    def test_comes_with_the_deadline(self):
-        """What is in flight then is still written, the rest is left: 3, and resumable."""
-        def late(request):
-            time.sleep(0.7 if request.prompt == "p1" else 0.0)
-            return reply_echo(request)
-        self.write("in", rows(4))
-        with self.serve(forever=late) as server:
-            self.cli("-c", "1", "--deadline", "0.4", "-i", "in", "-o", "out", expect=3)
-            self.assertEqual(len(server.requests), 2)
-        self.assertEqual(self.answers(), [("r0", "p0"), ("r1", "p1")])
-        with self.serve(reply("p2"), reply("p3")):
+    NO = {401: "no", 402: {"error": {"code": "insufficient_quota"}},
+          403: "no", 404: {"error": {"code": "model_not_found"}},
+          503: {"error": {"code": "model_not_found"}}, 200: "<html>", 302: "",
+          429: {"error": {"code": "insufficient_quota"}}}
+
+    def test_comes_where_rows_from_everywhere_fail_alike(self):
+        """A wrong key or URL, an unknown model or no money: after ten rows, and 3."""
+        self.write("in", rows(40))
+        for code, body in self.NO.items():
+            tired = self.tiring(status(code, body), 10)
+            with self.subTest(code=code), self.serve(forever=tired) as server:
+                self.cli("-i", "in", "-o", "out", expect=3)
+                asked = [int(request.prompt[1:]) for request in server.requests]
+                self.assertTrue(10 <= len(asked) <= 15, asked)
+                self.assertGreater(max(asked), 20)  # some lie far on
+                self.assertRegex(self.err, "stopped: rows of m fail alike: .*\n")
+                os.unlink("out")
+
+    def test_comes_not_for_rows_that_fail_in_a_heap(self):
+        """What a filter refuses stands together: the others are answered, in the first run."""
+        self.write("in", rows(60))
+        flagged = lambda request: (  # noqa: E731
+            status(403, "flagged") if int(request.prompt[1:]) < 30 else reply_echo(request))
+        for source in (("-i", "in"), ("-i", "-")):
+            with self.subTest(source=source), self.serve(forever=flagged):
+                if source[1] == "in":
+                    self.cli(*source, "-o", "out", expect=1)
+                else:  # a pipe cannot be read ahead for ever
+                    self.finish(self.start(*source, "-o", "out"), 1, stdin=self.read("in"))
+                self.assertEqual([text for _, text in self.answers()],
+                                 ["http_403"] * 30 + ["p%d" % n for n in range(30, 60)])
+                os.unlink("out")
+
+    def test_comes_to_one_model_alone(self):
+        """A model that is gone keeps none of the others' rows from being answered: 1."""
+        self.write("in", [dict(row, model="gone" if n < 30 else "here")
+                          for n, row in enumerate(rows(60))])
+        gone = status(404, self.NO[404])
+        with self.serve(forever=lambda request: gone if request.body["model"] == "gone" else (
+                reply_echo(request))) as server:
+            self.cli("-i", "in", "-o", "out", expect=1)
+            self.assertLess(len(server.requests), 50)
+            self.assertEqual(sum(text[0] == "p" for _, text in self.answers()), 30)
+            self.assertRegex(self.err, r"\b2\d left.*\n.*stopped: rows of gone")
+            self.write("piped", [self.cli("-i", "in", "-o", "-", expect=1)])
+            self.assertEqual(self.answers("piped")[-30:],
+                             [("r%d" % n, "p%d" % n) for n in range(30, 60)])
+
+    def test_has_patience_with_failures_that_may_pass(self):
+        """Fifty samples, where a server that has answered is down for a while."""
+        self.write("in", rows(80))
+        count = itertools.count()
+        with self.serve(forever=lambda request: (
+                status(500) if 5 <= next(count) < 45 else reply_echo(request))) as server:
+            self.fast_clock(1000.0)
+            self.cli("-c", "2", "-i", "in", "-o", "out", expect=1)
+            self.assertEqual(len(server.requests), 80)
+
+    def test_comes_where_no_server_is(self):
+        """A server that is never reached: the reason is told, and the run ends, resumable."""
+        self.write("in", rows(40))
+        with socket.socket() as closed:
+            closed.bind(("127.0.0.1", 0))
+            place = "127.0.0.1:%d" % closed.getsockname()[1]
+            os.environ["COMETAPI_BASE_URL"] = "http://%s/v1" % place
+            self.fast_clock(50.0)
+            self.cli("-i", "in", "-o", "out", expect=3)
+            self.assertIn("no connection to " + place, self.err)
+            with unittest.mock.patch.multiple(cometlimit, _UNREACHED=0.5, _PLAIN=0.2):
+                self.real_time()
+                self.cli("--max-retries", "9", "-i", "in", "-o", "out", expect=3)
+            self.assertRegex(self.err, "0/40 done, 0.0/s, no connection to %s\n" % place)
+            self.assertRegex(self.err, "never reached: no connection to %s\n" % place)
+
+    def test_comes_at_once_with_a_wish_for_hours(self):
+        """A daily limit is not tried again and again: 3, and the hour to come back at."""
+        self.write("in", rows(40))
+        daily = status(429, "x", {"Retry-After": "27780"})
+        with self.serve(forever=lambda request: (
+                reply_echo(request) if request.prompt == "p0" else daily)) as server:
+            self.cli("--max-retries", "4", "-i", "in", "-o", "out", expect=3)
+            self.assertLess(len(server.requests), 12)
+        self.assertRegex(self.err, r"stopped: .*come back at \d\d:\d\d\n")
+        self.assertEqual(self.answers(), [("r0", "p0")])  # the others are left
+
+    def test_comes_when_the_tokens_are_used(self):
+        """--max-tokens-total: 3, and how many were used; none of a file's earlier runs count."""
+        self.write("in", rows(30))
+        with self.serve(forever=reply_echo) as server:
+            self.cli("-c", "1", "--max-tokens-total", "22", "-i", "in", "-o", "out", expect=3)
+            self.assertTrue(5 <= len(server.requests) <= 7)
+            self.assertRegex(self.err, r"stopped: \d\d tokens were used")
             self.cli("-i", "in", "-o", "out")
-
-    def test_comes_where_all_fail_alike_and_for_good(self):
-        """A wrong key, an unknown model or an empty account end the run after a few rows; odd
-        rows do not."""
-        self.write("in", rows(18))
-        refuse, quota = {"error": {"message": "no"}}, {"error": {
-            "message": "no", "code": "insufficient_quota"}}
-        unknown = {"error": {"message": "no", "code": "model_not_found"}}
-        for code, body in ((401, refuse), (403, refuse), (404, unknown), (503, unknown),
-                           (429, quota), (402, refuse)):
-            line = self.tiring(status(code, body))
-            with self.subTest(code=code), self.serve(forever=line) as server:
-                self.cli("-c", "1", "-i", "in", "-o", "out", expect=3)
-                self.assertTrue(2 <= len(server.requests) <= 10, len(server.requests))
-                self.assertIn("to go on", self.err)
-        kinds = itertools.cycle((status(404, unknown), status(402, refuse)))
-        with self.serve(forever=lambda request: time.sleep(0.05) or next(kinds)):
-            self.cli("-c", "1", "-i", "in", "-o", "out", expect=3)  # two models' rows, say
-        script = [status(400, refuse)] * 10 + ([status(404, unknown)] * 3 + [reply("x")]) * 2
-        with self.serve(*script):  # the rows of above are asked again
-            self.cli("-c", "1", "-i", "in", "-o", "out", expect=1)
-        self.assertRegex(self.err, r"(?s)10 x http_400.*6 x model_not_found.*2 answered, 16 failed")
-
-    def test_comes_with_max_failures(self):
-        """After so many failed rows."""
-        self.write("in", rows(9))
-        with self.serve(status(400, "no"), reply("1"), status(400, "no")):
-            self.cli("-c", "1", "--max-failures", "2", "-i", "in", "-o", "out", expect=3)
+        self.assertRegex(self.err, r"tokens: 1\d\d in this run, 150 in all of ")
 
 
 class AnOption(CommandLine):
@@ -2294,7 +2413,8 @@ class AnOption(CommandLine):
         self.write("in", rows(3) + [{"prompt": "x", "model": "own"}])
         with self.serve():
             self.cli("--dry-run", "-i", "in", "-o", "out")
-            self.assertIn("4 rows, 0 bad; by model: m x 3, own x 1", self.err)
+            self.assertIn("4 rows, 0 bad; by model: m x 3, own x 1; 0 answered already; 1",
+                          self.err)
             self.finish(self.start("--dry-run"), 0, stdin=b"a\nb\n")
             self.assertIn("2 rows, 0 bad", self.err)
         self.assertEqual(os.listdir("."), ["in"])
@@ -2304,7 +2424,7 @@ class AnOption(CommandLine):
         self.write("in", rows(1))
         cometlimit._wait, cometlimit._now = self.wait, lambda: self.now  # nothing is waited for
         with self.serve(status(429, "x"), reply("yes"), reply("yes")):
-            self.cli("--retries", "1", "-i", "in", "--joblog", "log")
+            self.cli("--max-retries", "1", "-i", "in", "--joblog", "log")
             self.cli("-i", "in", "--joblog", "log")
         self.assertEqual([tuple(row[name] for name in ("status", "attempt", "model", "route"))
                           for row in self.results("log")], [
@@ -2315,28 +2435,95 @@ class AnOption(CommandLine):
             self.cli("-i", "in", "-o", "out", "--joblog", "in", expect=2)
         self.assertEqual(self.read("in"), before)
 
-    def test_api_key_env_names_where_the_key_is(self):
-        """There alone it is looked for; there is no option that shows it to the world."""
-        os.environ["OTHER_KEY"] = os.environ.pop("COMETAPI_KEY")
-        with self.serve(reply("yes")) as server:
-            self.cli("--api-key-env", "OTHER_KEY", "--joblog", "log", "a")
-            self.assertEqual(server.requests[0].headers["authorization"], "Bearer " + KEY)
-            for argv, words in ((("a",), "set COMETAPI_KEY"), (("--api-key-env", "NO", "a"), "NO"),
-                                (("--api-key", KEY, "a"), "--api-key")):
+    def test_never_shows_the_key(self):
+        """Nor is there an option for it: an attempt at one is refused, without its value."""
+        for argv in (("--api-key", KEY, "a"), ("--api-key=" + KEY, "a"), ("a", "--key=" + KEY)):
+            with self.subTest(argv=argv), self.serve():
                 self.cli(*argv, expect=2)
-                self.assertIn(words, self.err)
                 self.assertNotIn(KEY, self.err)
+        with self.serve(reply("yes")) as server:
+            self.cli("a", "--joblog", "log")
+            self.assertEqual(server.requests[0].headers["authorization"], "Bearer " + KEY)
+            del os.environ["COMETAPI_KEY"]
+            self.cli("a", "--base-url", "https://127.0.0.1:9/v1", expect=2)
+            self.assertEqual(self.err, "cometlimit: error: there is no API key: "
+                                       "set COMETAPI_KEY\n")
+        self.assertNotIn(KEY.encode(), self.read("log"))
+
+    def test_header_goes_with_each_request(self):
+        """Its own login in the place of the key's; a command with secrets is not shown again."""
+        with self.serve(forever=lambda request: status(400)) as server:
+            self.write("in", rows(1))
+            self.cli("--header", "Authorization: Basic c2VjcmV0", "--header", "X-Team:a:b",
+                     "-i", "in", "-o", "out", expect=1)
+            headers = server.requests[0].headers
+        self.assertEqual((headers["authorization"], headers["x-team"]), ("Basic c2VjcmV0", "a:b"))
+        self.assertNotIn("c2VjcmV0", self.err)
+        self.assertIn("to go on: the same command", self.err)
+
+    def test_param_takes_json_words_and_files(self):
+        """What cannot be meant as JSON is a text; what is broken JSON is refused."""
+        self.write("f.json", [BOM + b'{"type": ["\xc3\xa9"]}\n'])
+        self.write("f.txt", [b"Be brief.\nAnd kind.\n"])
+        for text, value in (("0.5", 0.5), ("[1]", [1]), ("high", "high"), ("a b", "a b"),
+                            ('"7"', "7"), ("true", True), ("null", None), ("gpt-4o", "gpt-4o"),
+                            ("@f.json", {"type": ["é"]}), ("@f.txt", "Be brief.\nAnd kind."),
+                            ("a=b", "a=b")):
+            with self.subTest(text=text), self.serve(reply("yes")) as server:
+                self.cli("--param", "x=" + text, "a")
+                self.assertEqual(server.requests[0].body.get("x"), value)
+        for text in ("{'single': 'quotes'}", '{"a": 1', "[1", "'x'", "True", "None", "NaN", "0,5",
+                     "@missing", "", "-Infinity"):
+            with self.subTest(text=text), self.serve():
+                self.cli("--param", "x=" + text, "a", expect=2)
+        with self.serve(reply("yes")) as server:
+            self.cli("--system", "@f.txt", "a")
+            self.assertEqual(server.requests[0].body["messages"][0]["content"],
+                             "Be brief.\nAnd kind.")
+
+    def test_names_itself_in_errors(self):
+        """Two lines at most, in the words of the command line and not of the library."""
+        self.write("in", rows(1))
+        for argv, words in ((("-c", "0"), "--max-concurrency is a"), (("--max-rate", "0"),
+                            "--max-rate is a"), (("--max-retries", "-1"), "--max-retries is"),
+                            (("--timeout", "nan"), "--timeout is a"),
+                            (("--param", "timeout=5"), "see --help"),
+                            (("--base-url", "http://example.org/v1"), "--allow-http"),
+                            (("--ca-file", "no"), "--ca-file"), (("--header", "x"), "--header is"),
+                            (("--header", "Host: x"), "Host"), (("--joblog", ""), "--joblog"),
+                            (("--text", "-o", "out"), "--text"), (("-c", "x"), "-c")):
+            with self.subTest(argv=argv), self.serve() as server:
+                argv += ("--base-url", server.url.replace("http:", "https:")
+                         ) if argv[0] == "--ca-file" else ()
+                self.cli("-i", "in", *argv, expect=2)
+                self.assertIn(words, self.err)
+                self.assertNotRegex(self.err, r"max_|allow_|ca_file|Client|\w=\)")
+                self.assertLessEqual(self.err.count("\n"), 2)
+
+    def test_max_rate_and_skip_failed_and_max_retries(self):
+        """They do what they say."""
+        self.write("in", rows(3))
+        with self.serve(forever=lambda request: status(
+                {"p0": 400, "p1": 500, "p2": 401}[request.prompt])) as server:
+            self.cli("--max-rate", "50", "-i", "in", "-o", "out", expect=1)
+            times = sorted(request.time for request in server.requests)
+        self.assertGreater(times[2] - times[0], 0.03)
+        with self.serve(forever=reply_echo) as server:
+            self.cli("--skip-failed", "-i", "in", "-o", "out", expect=1)
+            self.assertEqual(sorted(request.prompt for request in server.requests), ["p1", "p2"])
+            self.cli("--skip-failed", "-i", "in", "-o", "out", expect=1)
+            self.assertEqual(len(server.requests), 2)
+            self.cli("-i", "in", "-o", "out")
+        self.assertEqual([text for _, text in self.answers()], ["p0", "p1", "p2"])
 
     def test_that_cannot_be_ends_with_2(self):
         """Whatever is wrong with the command is said before anything is sent or made."""
         self.write("in", rows(1))
-        for argv in (("-c", "0"), ("-c", "x"), ("--retries", "-1"), ("--timeout", "nan"),
-                     ("--timeout", "0"), ("--shard", "0/2"), ("--shard", "3/2"), ("--shard", "x"),
-                     ("--param", "x"), ("--param", "=1"), ("--base-url", "http://example.org/v1"),
-                     ("--base-url", "x"), ("--no-such",), ("-i", "missing"), ("-i", "."),
+        for argv in (("--timeout", "0"), ("--shard", "0/2"), ("--shard", "3/2"), ("--shard", "x"),
+                     ("--param", "x"), ("--param", "=1"), ("--base-url", "x"),
+                     ("--no-such",), ("-i", "missing"), ("-i", "."),
                      ("-o", "."), ("-o", "no/such/folder"), ("--joblog", "no/such"), ("prompt",),
-                     ("--deadline", "-1"), ("--deadline", "nan"), ("--max-failures", "-1"),
-                     ("-m", "")):
+                     ("-m", ""), ("-i", ""), ("-o", "")):
             with self.subTest(argv=argv), self.serve():
                 self.cli("-i", "in", *argv, expect=2)
                 self.assertIn("error: ", self.err)
@@ -2347,11 +2534,15 @@ class AnOption(CommandLine):
 
     def test_quiet_leaves_only_what_failed(self):
         """-q shows neither progress nor summary; without it stdout has still but the answers."""
-        with self.serve(reply("yes"), reply("yes")):
+        with self.serve(forever=reply("yes")):
             self.assertEqual(self.cli("-q", "a"), b'["yes"]\n')
             self.assertEqual(self.err, "")
             self.assertEqual(self.cli("a"), b'["yes"]\n')
-            self.assertRegex(self.err, r"(?s)^model .*\nm +1 +1 +0 +2 +3 .*200 x 1\n.*1 answered")
+            self.assertEqual(self.err, "")
+            self.write("in", rows(1))
+            self.cli("-i", "in", "-o", "out")
+            self.assertRegex(self.err, r"(?s)^model .*\nm +1 +1 +0 .*2 in, 3 out.*200 x 1\n"
+                                       r"tokens: 5 in this run, 5 in all of .*1 answered")
             self.assertNotRegex(self.err, "[\x1b\r]")
 
     def test_version_and_help_are_short(self):
@@ -2366,42 +2557,238 @@ class AnOption(CommandLine):
 class TheDemo(CommandLine):
 
     def test_shows_it_all(self):
-        """In a few seconds, without key or network, and plain in a pipe."""
+        """In a few seconds, without key or network, and plain in a pipe: a line a second."""
         out = self.finish(self.process, 0).decode()
-        self.assertLess(float(re.search(r", (\d+\.\d) s\n$", self.err).group(1)), 10.0)
-        self.assertRegex(out.splitlines()[-1], r"answered: \d+, refused.*: [1-9]\d*, lost: 0$")
-        self.assertIn("429 x", self.err)
+        self.assertRegex(out, r"(?m)^2 s  \d+ answered, \d+ refused(  limit [5-9]\.?\d*/s)?$")
+        self.assertRegex(out, r"(?s)\nmodel .*429 x [1-9].*\n40 answered, 0 lost, \d\.\d s\n$")
         self.assertNotRegex(out + self.err, "[\x1b\r]")
 
 
-class TheBar(CommandLine):
+class TheScreen(CommandLine):
 
-    def test_stays_within_its_line(self):
-        """On a terminal a bar is drawn in one line, whatever the width, and is cleared."""
+    def on_terminal(self, columns, server, *argv, expect=0, act=None):
+        """What a run shows on a terminal of so many columns: a list of what was drawn, and the
+        lines that stay."""
         import fcntl
         import pty
-        import struct
         import termios
-        self.write("in", rows(4))
         master, slave = pty.openpty()
-        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 40, 0, 0))
+        self.addCleanup(os.close, master)
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+        process = self.start("-i", "in", "-o", "out", *argv, stdin=subprocess.DEVNULL,
+                             stderr=slave)
+        os.close(slave)
+        if act is not None:
+            act(process)
+        shown = b""
+        with contextlib.suppress(OSError):
+            for data in iter(lambda: os.read(master, 4096), b""):
+                shown += data
+        self.finish(process, expect)
+        drawn = shown.decode().split("\x1b[K\r")
+        self.assertLess(max(map(len, drawn[:-1])), columns, drawn)
+        self.assertNotIn("\n", "".join(drawn[:-1]))  # the rest comes after it was cleared
+        return drawn[:-1], drawn[-1].replace("\r\n", "\n")
+
+    def test_shows_how_far_it_is_within_one_line(self):
+        """Done, failed, the last failure, the rate, the time left, the limit; the less important
+        parts give way on a narrow one; no server's words steer the terminal."""
+        self.write("in", rows(20))
 
         def slow(request):
-            time.sleep(0.2)
-            return status(400, "\x1b[31mred") if request.prompt == "p3" else reply_echo(request)
-        with self.serve(forever=slow):
-            self.finish(self.start("-c", "1", "-i", "in", stderr=slave), 1)
-        os.close(slave)
-        shown = b""
-        with contextlib.suppress(OSError), open(master, "rb", buffering=0) as screen:
-            for data in iter(lambda: screen.read(4096), b""):
-                shown += data
-        bars = re.findall(r"(\[[# ]*\].*?)\x1b\[K\r", shown.decode())
-        self.assertTrue(2 <= len(bars) <= 8, shown)
-        self.assertRegex(bars[-1], r"\d/4")
-        self.assertNotIn("\x1b[31m", shown.decode())  # nothing of the server's steers it
-        self.assertNotRegex(shown.decode(), r"\][^\r\n]*\n")  # cleared before the summary
-        self.assertLess(max(map(len, bars)), 40)
+            time.sleep(0.06)
+            n = int(request.prompt[1:])
+            return reply_echo(request) if n % 5 else status(400, {
+                "error": {"code": "\x1b[31mred", "message": "bad\x9b word"}})
+        for columns, words in (
+                (120, r"1\d/20 done, [1-4] failed, \d+\.\d/s, 0:00:0\d left, 400 \\x1b\[31mred"),
+                (40, r"1\d/20 done, [1-4] failed, 400 \\x1b\[31mred$")):
+            with self.subTest(columns=columns), self.serve(forever=slow) as server:
+                drawn, stays = self.on_terminal(columns, server, "-c", "1", expect=1)
+                self.assertTrue(3 <= len(drawn) <= 15, drawn)
+                self.assertTrue(any(re.match(words, text) for text in drawn), drawn)
+                self.assertRegex(stays, r"4 x \\x1b\[31mred \(r0, r5, r10, r15\): HTTP 400 ")
+                self.assertLessEqual(max(map(len, stays.split("to go on")[0].split("\n"))), 100)
+                self.assertNotRegex(stays + "".join(drawn), "[\x1b\x9b]")
+                os.unlink("out")
+
+    def test_says_at_once_that_it_stops(self):
+        """After Ctrl-C: how many are in flight, and the seconds that they have."""
+        self.write("in", rows(20))
+
+        def stop(process):
+            server.await_requests(4)
+            process.send_signal(signal.SIGINT)
+        with self.serve(forever=lambda request: time.sleep(0.8) or reply_echo(request)) as server:
+            drawn, stays = self.on_terminal(80, server, "-c", "4", expect=130, act=stop)
+        self.assertIn("stopping: 4 in flight, 5 s", drawn)
+        self.assertRegex(stays, "4 answered, 0 failed, 0 kept, 16 left")
+
+    def test_shows_the_last_minutes_rate_and_the_limit(self):
+        """Not the mean since the start; refusals by chance are told."""
+        options = types.SimpleNamespace(quiet=False, output_file="out")
+        screen = cometlimit._Screen(options)
+        stats = cometlimit.Stats()
+        stats.rate, stats.requests, stats.chance = 9.76, 200, 6
+        client = types.SimpleNamespace(metrics={("/v1", "m"): stats})
+        screen.total, start = 5000, screen.began
+        for second in range(0, 200, 10):
+            screen.answers += 10 if second < 100 else 100
+            text = screen._progress(client, start + second, 80)
+        self.assertEqual(text, "1100/5000 done, 10.0/s, 0:06:30 left, limit 9.76/s, "
+                               "3 % refused by chance")
+        screen.failures, screen.trouble, screen.trouble_at = 3, "no connection to h:1", start + 200
+        self.assertEqual(screen._progress(client, start + 200, 40),
+                         "1103/5000 done, 3 failed, no connection to h:1"[:47])
+
+    def test_sums_up(self):
+        """Failures by code with their number, the first one's words and ten ids; odd answers."""
+        self.write("in", rows(20))
+        odd = {"p0": reply(""), "p1": reply("cut", choices=[
+            {"message": {"content": "cut"}, "finish_reason": "length"}]), "p2": reply("fine")}
+        with self.serve(forever=lambda request: odd.get(request.prompt, status(
+                422, {"error": {"message": "word " * 50}}))):
+            self.cli("-c", "1", "-i", "in", "-o", "out", expect=1)
+        ids = ", ".join("r%d" % n for n in range(3, 13))
+        text = " ".join(self.err.split())
+        self.assertIn("17 x http_422 (%s, ...): HTTP 422: word word" % ids, text)
+        self.assertIn("of the answers: 1 without text, 1 cut off by a length limit", text)
+        self.assertLessEqual(max(map(len, self.err.split("tokens: ")[0].split("\n"))), 80)
+
+
+class AChange(CommandLine):
+    """Files are changed by others while a run goes on."""
+
+    def run_and(self, act, expect, again=0, count=40):
+        """A run of a second, during which act() is called; then another. Returns the requests."""
+        self.write("in", [dict(row, prompt=row["prompt"].ljust(9000)) for row in rows(count)])
+        acted = []
+
+        def answer(request):
+            if len(server.requests) == 6:
+                acted.append(act())
+            time.sleep(0.04)
+            return reply(request.prompt.strip())
+        with self.serve(forever=answer) as server:
+            self.cli("-c", "4", "-i", "in", "-o", "out", expect=expect)
+            self.first = self.err
+            self.cli("-c", "4", "-i", "in", "-o", "out", expect=again)
+            self.assertTrue(acted)
+            return [request.prompt.strip() for request in server.requests]
+
+    def test_of_an_input_that_grows_is_left_to_the_next_run(self):
+        """Nothing is paid twice, and no crash."""
+        def grow():
+            with open("in", "ab") as file:
+                file.write(line({"custom_id": "new", "prompt": "new"}))
+        self.assertEqual(sorted(self.run_and(grow, 0)),
+                         sorted(["new"] + ["p%d" % n for n in range(40)]))
+
+    def test_of_an_input_that_is_cut_is_told(self):
+        """What is in flight is written; 3, in words."""
+        def cut():
+            os.truncate("in", 0)
+        self.run_and(cut, 3, again=2)
+        self.assertIn("cut short", self.first)
+        self.assertTrue(6 <= len(self.results()) <= 16)
+
+    def test_of_the_output_loses_nothing(self):
+        """Removed or replaced: written anew. Written to by another: told, and never 0."""
+        def remove():
+            os.unlink("out")
+
+        def replace():
+            self.write("other", [b"other\n"])
+            os.replace("other", "out")
+        for act in (remove, replace):
+            with self.subTest(act=act):
+                self.assertEqual(len(self.run_and(act, 0)), 40)
+                self.assertEqual(self.answers(), [("r%d" % n, "p%d" % n) for n in range(40)])
+                self.assertIn("was removed or replaced", self.first)
+                os.unlink("out")
+
+        def truncate():
+            os.truncate("out", 0)
+        self.run_and(truncate, 3)
+        self.assertIn("another program has written to", self.first)
+        self.assertEqual(len(self.answers()), 40)
+
+    def test_of_the_folder_is_told(self):
+        """Where the output cannot be written anew, the status is not 0."""
+        os.mkdir("folder")
+
+        def answer(request):
+            if len(server.requests) == 5:
+                shutil.rmtree("folder")
+            return time.sleep(0.3) or reply_echo(request)
+        self.write("in", rows(20))
+        with self.serve(forever=answer) as server:
+            self.cli("-i", "in", "-o", "folder/out", expect=3)
+        self.assertIn("cannot be written", self.err)
+
+    def test_of_settings_is_refused(self):
+        """Another model, system message or field on the same output, or a row of version 1.0."""
+        self.write("in", [{"custom_id": "a", "prompt": "x"}, {"custom_id": "b", "prompt": "y"}])
+        with self.serve(forever=lambda request: (
+                status(400) if request.prompt == "y" else reply_echo(request))):
+            self.cli("--system", "s", "-i", "in", "-o", "out", expect=1)
+        before = self.read("out")
+        for argv in (("-m", "n", "--system", "s"), ("--system", "t"), (),
+                     ("--system", "s", "--param", "n=1")):
+            with self.subTest(argv=argv), self.serve():
+                self.cli(*argv, "-i", "in", "-o", "out", expect=2)
+                self.assertRegex(self.err, "'a' asked something else. Name another -o, or delete")
+                self.assertEqual(self.read("out"), before)
+        with self.serve(reply("y")):
+            self.write("in", [{"custom_id": "a", "prompt": "x"}, {"custom_id": "b", "prompt": "z"}])
+            self.cli("--system", "s", "-i", "in", "-o", "out")  # what failed may be mended
+        self.write("out", [result("a", id="batch_req_0123456789abcdef"), result("b")])
+        with self.serve():
+            self.cli("-i", "in", "-o", "out", expect=2)
+
+    def test_of_rows_that_failed_comes_last(self):
+        """A resumed run asks new rows first, from a file and from a pipe."""
+        self.write("in", rows(30))
+        self.write("out", [result("r%d" % n, error={"code": "x", "message": "y"})
+                           for n in range(10)])
+        first = self.read("out")
+        for argv in (("-i", "in"), ("-i", "-")):
+            with self.serve(forever=reply_echo) as server:
+                self.write("out", [first])
+                self.finish(self.start("-c", "1", *argv, "-o", "out"), 0, stdin=self.read("in"))
+                asked = [int(request.prompt[1:]) for request in server.requests]
+            self.assertEqual(sorted(asked[-8:]), sorted(set(asked[-8:]) & set(range(10))))
+            self.assertEqual(self.answers()[0], ("r0", "p0"))
+
+    def test_of_the_file_system_needs_no_lock(self):
+        """Where locks are not to be had: a warning, and on."""
+        import fcntl
+        self.write("in", rows(1))
+        for number in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+            fails = unittest.mock.patch.object(fcntl, "flock", side_effect=OSError(number, "x"))
+            with self.subTest(number=number), fails, self.serve(forever=reply_echo):
+                self.cli("-i", "in", "-o", "out", "-q")
+                self.assertIn("cannot be locked", self.err)
+
+    def test_of_the_mode_is_none(self):
+        """The file keeps its mode when its rows are put into order; nothing else is left."""
+        self.write("in", rows(9))
+        self.write("out", [])
+        os.chmod("out", 0o640)
+        with self.serve(forever=lambda request: (
+                time.sleep(0.1 * (request.prompt == "p0")) or reply_echo(request))):
+            self.cli("-i", "in", "-o", "out")
+        self.assertEqual(os.stat("out").st_mode & 0o777, 0o640)
+        self.assertEqual([name for name, _ in self.answers()], ["r%d" % n for n in range(9)])
+        self.assertEqual(sorted(os.listdir(".")), ["in", "out"])
+
+    def test_of_the_place_in_stdin_is_kept(self):
+        """What was read of it before is no row."""
+        self.write("in", [b"header\n"] + rows(3))
+        with self.serve(forever=reply_echo), open("in", "rb") as file:
+            os.read(file.fileno(), 7)
+            self.finish(self.start("-o", "out", stdin=file), 0)
+        self.assertEqual([name for name, _ in self.answers()], ["r0", "r1", "r2"])
 
 
 class TheReadme(CommandLine):
