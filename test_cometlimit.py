@@ -1565,7 +1565,7 @@ class TheEnd(Case):
                     client.stop()
                     for call in (calls[0], calls[3]):
                         call.exception(TIMEOUT)
-                    self.assertLess(time.monotonic() - start, 1.0)
+                    self.assertLess(time.monotonic() - start, 2.0)
                     self.assertFalse(calls[1].done() or calls[2].done())
                     with self.assertRaisesRegex(cometlimit.ConfigurationError,
                                                 "^the client was stopped: make a new one$"):
@@ -1573,7 +1573,7 @@ class TheEnd(Case):
                     gate.set()
                 gone = [call.exception(TIMEOUT) for call in calls]
                 if way == "closed":
-                    self.assertLess(time.monotonic() - start, 1.0)
+                    self.assertLess(time.monotonic() - start, 2.0)
                     self.threads_end()
                     with self.assertRaisesRegex(cometlimit.ConfigurationError,
                                                 "^the client was closed: make a new one$"):
@@ -1634,7 +1634,7 @@ class TheEnd(Case):
                         process.kill()
                 self.assertIn("KeyboardInterrupt", text)
                 self.assertNotIn("Exception in thread", text)
-                self.assertLess(took, 1.0)
+                self.assertLess(took, 2.0)  # on a busy machine
 
     def test_of_a_callback_is_not_that_of_a_thread(self):
         """A callback that raises, sys.exit() included, costs no other answer and no thread. One
