@@ -30,7 +30,6 @@ Version 2.0.0. Home: https://github.com/cometlimit/cometlimit
 """
 import array
 import binascii
-import bisect
 import collections
 import contextlib
 import copy
@@ -390,7 +389,7 @@ class _Call:
         self.changed = threading.Condition(pool.lock)  # has its turn, or is given up
         self.given_up = ""           # why
         self.since = _now()          # when it began to wait
-        self.place = (0, 0)          # among the calls that wait for their turn
+        self.place = 0               # among the calls that wait for their turn
         self.ticket: Any = None      # the throttle's, while in flight
         self.sent = 0                # its number among the model's requests
         self.refused = math.inf      # that number when it was last refused
@@ -410,7 +409,8 @@ class _Model:
         self.executor = ThreadPoolExecutor(2 * client.max_concurrency, "cometlimit")
         self.has_threads = False
         self.throttle = Throttle(client.max_delay, _random)
-        self.waiting: List[Tuple[Tuple[int, int], _Call]] = []  # by their places
+        self.new: Deque[_Call] = collections.deque()      # for the threads that get free
+        self.waiting: Deque[_Call] = collections.deque()  # with a thread, for their turn
         self.sent = self.answered = 0       # requests; the latest with an answer
         self.answered_at = -math.inf        # when that came
         self.stream: Optional[bool] = None  # True: it needs streams; False: it has none
@@ -442,28 +442,30 @@ class _Pool:
             model = self.models.get(name) or self.models.setdefault(
                 name, _Model(name, self.client))
             call = _Call(self, model, payload, tag)
-            call.place = (next(self.gate.numbers), 0)  # behind all others
+            model.new.append(call)
             self.calls[call] = None
         future: Future = call.future
         future.add_done_callback(lambda future: self.give_up(
             [call], "nobody waits for it any more") if future.cancelled() else None)
         try:
-            model.executor.submit(self._carry, call)
+            model.executor.submit(self._carry, model)
             model.has_threads = True
         except RuntimeError as fault:
             if not (model.has_threads and "new thread" in str(fault)):
-                self.give_up([call], "no thread can be started to send it: %s" % fault)
+                model.new.remove(call)
                 self.calls.pop(call, None)
-                raise Error(call.given_up, code="no_thread") from None
+                raise Error("no thread can be started to send it: %s" % fault,
+                            code="no_thread") from None
         return future  # where no more threads can be started, one there is takes it
 
-    def _carry(self, call: _Call) -> None:
+    def _carry(self, model: _Model) -> None:
         """The backoff loop: it carries a call from its first turn to its outcome.
 
         It waits for a turn, makes an attempt, learns, decides, backs off, and again.
         """
         outcome: Optional[Outcome] = None
         self.workers.add(threading.get_ident())
+        call = self.gate.first(model)
         while self.gate.turn(call):
             verdict = self._attempt(call)
             self._learn(call, verdict)
@@ -682,17 +684,26 @@ class _Gate:
     def __init__(self, client: Client, lock: threading.Lock,
                  models: Dict[str, _Model]) -> None:
         self.client, self.lock, self.models = client, lock, models
-        self.numbers = itertools.count()
-        self.entered = self.in_flight = 0  # the latest of the new calls that came here
-        self.next_at = 0.0                 # nothing leaves before, for max_rate
+        self.places = itertools.count()
+        self.in_flight = 0
+        self.next_at = 0.0        # nothing leaves before, for max_rate
         self.watcher: Optional[_Call] = None
-        self.wakes_at = math.inf           # when the watcher looks again
+        self.wakes_at = math.inf  # when the watcher looks again
+
+    def first(self, model: _Model) -> _Call:
+        """The oldest new call, which from now on waits for its turn."""
+        with self.lock:
+            call = model.new.popleft()
+            self._enter(call)
+            return call
+
+    def _enter(self, call: _Call) -> None:
+        call.place = next(self.places)
+        call.model.waiting.append(call)
 
     def turn(self, call: _Call) -> bool:
         """Wait until the call may be sent; False when it may not be any more."""
         with self.lock:
-            self.entered = max(self.entered, call.place[0])
-            bisect.insort(call.model.waiting, (call.place, call))
             while call.ticket is None and not call.given_up and _now() < call.expires:
                 due = self._admit()
                 if call.ticket is None:
@@ -705,22 +716,23 @@ class _Gate:
             return call.ticket is not None
 
     def strike_off(self, call: _Call) -> None:
-        """Whoever is given up must not get a turn before it has gone."""
+        """What was given up must not get a turn while its thread wakes."""
         with contextlib.suppress(ValueError):
-            call.model.waiting.remove((call.place, call))
+            call.model.waiting.remove(call)
 
     def leave(self, call: _Call) -> None:
-        """Its attempt has ended. If it comes again it follows those that wait now."""
+        """The call's attempt has ended."""
         call.ticket, call.since = None, _now()
-        call.place = (self.entered, next(self.numbers))
         self.in_flight -= 1
         self._look()
 
     def back_off(self, call: _Call, pause: float) -> None:
+        """Wait; then the call waits for another turn, behind those that do already."""
         due = _now() + pause
         with self.lock:
             while not call.given_up and _now() < due:
                 _wait(call.changed, due - _now())
+            self._enter(call)
 
     def _admit(self) -> float:
         """Give every turn that is due. Returns the seconds until the next may be;
@@ -732,11 +744,12 @@ class _Gate:
                     wait = max(model.throttle.wait(now), self.next_at - now)
                     if wait > 0.0:
                         due = min(due, wait)
-                    elif first is None or model.waiting[0] < first.waiting[0]:
+                    elif (first is None
+                          or model.waiting[0].place < first.waiting[0].place):
                         first = model
             if first is None:
                 return due
-            self._send(first.waiting.pop(0)[1], now)
+            self._send(first.waiting.popleft(), now)
         return math.inf
 
     def _send(self, call: _Call, now: float) -> None:
@@ -770,7 +783,7 @@ class _Gate:
                 self.watcher.changed.notify()
         elif due < math.inf:
             first = next(model for model in self.models.values() if model.waiting)
-            first.waiting[0][1].changed.notify()
+            first.waiting[0].changed.notify()
 
 
 # The throttle
@@ -2443,7 +2456,7 @@ class _Checkpoint:
             # Rows of other programs have no mark; version 1.0 made marks that fit none.
             mark = int(found.group(1) or "1", 16) if found else 0
             self.found[name] = place << 64 | mark
-            self.tokens += _tokens(body.get("usage"))
+            self.tokens += _tokens((body or {}).get("usage"))
         elif self.found.get(name, 0) <= 0:
             code = error.get("code") if isinstance(error, dict) else None
             self.found[name] = -(place << 64 | (

@@ -1127,49 +1127,40 @@ class ALimit(Case):
                 self.assertIn(told, ([(503, 25.0)], [(503, 25.0)] * 2))
 
     def test_serves_first_who_came_first(self):
-        """A retry goes behind those that wait already, and before those that come later, even in
-        its backoff. Refused again, though later ones were answered, it says nothing about load."""
-        told = []
-        self.throttle(wait=lambda *_: 0.0, refused=lambda own, *rest: told.append(rest[2:]))
-        lined, rests, back, end = set(), [], threading.Event(), threading.Event()
-
-        def wait(condition, seconds):
-            if seconds < 1000.0:  # in backoff
-                rests.append(condition)
-                self.until(back.is_set, lambda: condition.wait(0.001))
-                self.now += seconds
-            else:
-                lined.add(condition)
-                condition.wait(TIMEOUT)
-        cometlimit._wait = wait
+        """In the order of submit; who comes again goes before those still to come."""
+        self.real_time()
+        with Server(forever=reply_echo) as server:
+            for _ in range(30):
+                with self.client(server) as client:
+                    for prompt in "abcd":
+                        client.submit(prompt)
+        self.assertEqual("".join(request.prompt for request in server.requests), "abcd" * 30)
 
         def line(request):
-            number = len(server.requests)
-            if request.prompt == "z":  # keeps one of two places in flight
-                end.wait(TIMEOUT)
-            elif number == 2:
-                self.until(lambda: len(lined) == 2)  # b and c
-                return status(503)
-            elif number == 3:
-                client.submit("d")
-                client.submit("e").add_done_callback(lambda _: end.set())
-            elif number == 4:
-                self.until(lambda: len(lined) == 3)  # d
-                back.set()
-                self.until(lambda: len(lined) == 4)  # a
-            elif number == 5:
-                self.until(lambda: len(lined) == 5)  # e
-                lined.remove(rests[0])
-                return status(503)
-            elif number == 6:
-                self.until(lambda: len(lined) == 5)  # a once more
-            return reply_echo(request)
+            if request.prompt == "b":
+                time.sleep(0.5)  # in which the backoff of a, 0.05 s at most, ends
+            return status(503) if len(server.requests) == 1 else reply_echo(request)
         with Server(forever=line) as server:
-            with self.client(server, deadline=1e6, max_concurrency=2) as client:
-                for number, prompt in enumerate("zabc"):
+            with self.client(server, max_delay=0.05) as client:
+                for prompt in "abcd":
                     client.submit(prompt)
-                    server.await_requests(min(2, number + 1))
-        self.assertEqual([request.prompt for request in server.requests], list("zabcadea"))
+        self.assertEqual("".join(request.prompt for request in server.requests), "abacd")
+
+    def test_is_not_learnt_from_a_prompt_that_is_refused_each_time(self):
+        """Refused again, though later requests were answered, it says nothing about load."""
+        self.real_time()
+        told, submitted = [], threading.Event()
+        self.throttle(wait=lambda *_: 0.0, refused=lambda own, *rest: told.append(rest[2:]))
+
+        def line(request):
+            submitted.wait(TIMEOUT)
+            return status(503) if request.prompt == "bad" else reply_echo(request)
+        with Server(forever=line) as server:
+            with self.client(server, max_delay=0.05) as client:
+                bad = client.submit("bad")
+                client.submit("good")
+                submitted.set()
+                self.assertEqual(bad.exception(TIMEOUT).attempts, 5)
         self.assertEqual(told, [(503, None)])
 
     def test_wakes_whom_an_answer_lets_go(self):
