@@ -392,7 +392,7 @@ class _Call:
         self.place = 0               # among the calls that wait for their turn
         self.ticket: Any = None      # the throttle's, while in flight
         self.sent = 0                # its number among the model's requests
-        self.refused = math.inf      # that number when it was last refused
+        self.refused = math.inf      # that number when it was first refused
         self.attempts = 0
         self.records: Tuple[Record, ...] = ()
         self.request: Optional[_Request] = None  # the last one
@@ -578,7 +578,8 @@ class _Pool:
             else:
                 wish = outcome.retry_after if isinstance(outcome, Error) else None
                 throttle.refused(call.ticket, now, load, wish)
-            call.refused = call.refused if load is None else call.sent
+            if load is not None:
+                call.refused = min(call.refused, call.sent)
             stats = self.metrics[self.endpoint.route, model.name]
             stats.rate, stats.window = throttle.rate, throttle.window
             stats.chance = throttle.chance
