@@ -1409,7 +1409,6 @@ _MINIMAX = {"1002": "429", "1004": "401", "1008": "402"}  # statuses as it codes
 _NAMES = {"code": "code", "status_code": "code", "type": "type", "param": "param",
           "message": "message", "msg": "message", "status_msg": "message"}
 _MAX_DEPTH = 200        # json recurses in C: a hostile answer could overrun a stack
-_MAX_LINES = 1 << 20    # of a stream: each costs time, even an empty one
 _MAX_WISH = 31 * 86400  # seconds: whoever asks to wait longer means something else
 _TOO_LONG = "more than %d MiB" % (_MAX_ANSWER >> 20)
 _STREAM = re.compile("(data|event|id|retry)?:")  # how server-sent events begin
@@ -1447,9 +1446,7 @@ def _understand(answer: _Answer, hide: Callable[[str], str], url: str,
                 streamed: bool = True) -> _Verdict:
     """The Completion that an answer holds, or the Error that it stands for.
 
-    What came whole is paid for, so it is read if it can be read. `hide` takes the key
-    out of the server's words; `url` is what was asked, `streamed` whether for a stream.
-    """
+    `hide` takes the key out of a text; `streamed` tells what was asked for."""
     text, missing = _text(answer)
     data = _value(text, streamed)
     if 200 <= answer.status < 300 and not _trouble(data):
@@ -1531,16 +1528,17 @@ def _no_answer(answer: _Answer, text: str, missing: str, data: Any,
 
 def _again(status: int, words: Dict[str, str]) -> Tuple[float, Optional[int]]:
     """How many attempts a failure deserves, and the load that it shows."""
-    code, kind, param, message = (
-        words.get(name, "") for name in ("code", "type", "param", "message"))
-    own = param if code == "bad_response_status_code" else ""  # a gateway got this one
+    code, kind = words.get("code", ""), words.get("type", "")
+    # A gateway may put the status that it got itself into `param`.
+    own = words.get("param", "") if code == "bad_response_status_code" else ""
     if status < 300:
         own = _MINIMAX.get(code, own or code)
         status = 429 if re.search("(?i)rate_?limit|too_?many_?req", code + kind) else 0
     if re.match("[1-5][0-9][0-9]$", own):
         status = int(own)
-    if ({code.lower(), kind.lower()} & (_NO_MODEL if status == 429 else PERMANENT)
-            or _speaks_of_money(code, kind) or status == 429 and _is_too_large(message)):
+    lasting = _NO_MODEL if status == 429 else PERMANENT
+    if ({code.lower(), kind.lower()} & lasting or _speaks_of_money(code, kind)
+            or status == 429 and _is_too_large(words.get("message", ""))):
         return 1, None
     if status in (0, 408):  # 408 says that one request was slow
         return math.inf, None
@@ -1573,8 +1571,6 @@ def _words(value: Any) -> Dict[str, str]:
             inner = _loosely(value[value.find("{"):])
             if not isinstance(inner, dict):
                 found.setdefault("message", value)
-                if re.match("[a-z]+(_[a-z]+)+$", value):
-                    found.setdefault("code", value)
             value = inner
         if not isinstance(value, dict):
             break
@@ -1596,9 +1592,7 @@ def _request_id(answer: _Answer, message: str = "") -> str:
 
 def _wish(headers: http.client.HTTPMessage, said: str) -> float:
     """The seconds that a server asks to wait, the longest of several; 0.0 for none.
-
-    Gateways drop headers but hand bodies on: the error's words count as much.
-    """
+    Gateways drop headers but hand bodies on: the error's words count as much."""
     now = _timestamp(headers.get("date", "")) or _wall()  # ours may differ
     asked = [pair for pair in headers.items() if "retry-after" in pair[0].lower()]
     said = "".join("%s: %s; " % pair for pair in asked) + said
@@ -1639,45 +1633,36 @@ def _text(answer: _Answer) -> Tuple[str, str]:
 
 
 def _value(text: str, streamed: bool) -> Any:
-    """The value of a body that is JSON or a stream of it; other text as it stands.
-
-    A stream that breaks off may say [DONE] all the same, so only a finish_reason proves
-    its end. One that nobody asked for would come again: there [DONE] has to do.
-    """
+    """The value of a body that is JSON or a stream of it; other text as it stands."""
     if not _STREAM.match(text):
         data = _loosely(text)
         return data[0] if isinstance(data, list) and len(data) == 1 else data
     data = _joined(list(_events(text))) or {}
-    choices = data.get("choices")
-    data["object"], data["choices"] = "chat.completion", [
-        choice for choice in (choices if isinstance(choices, list) else ())
-        if isinstance(choice, dict)]
-    data["choices"].sort(key=lambda choice: str(choice.get("index")).zfill(9))
-    for choice in data["choices"]:
-        delta = choice.pop("delta", None)
-        if isinstance(delta, dict):
-            choice.setdefault("message", dict({"content": None}, **delta))
-    whole = not streamed and text.endswith("[DONE]") or all(
-        choice.get("finish_reason") for choice in data["choices"])
-    return data if whole or _trouble(data) else text
+    with contextlib.suppress(TypeError, AttributeError):  # where it is none of chunks
+        data["choices"] = sorted(data.get("choices") or (), key=lambda choice: str(
+            choice.get("index")).zfill(9))
+        for choice in data["choices"]:
+            delta = dict({"content": None}, **choice.pop("delta", {}))
+            choice.setdefault("message", delta)
+        # A stream that breaks off may say [DONE] all the same: only a finish_reason
+        # proves its end. One that nobody asked for would come again without it, too.
+        if not streamed and text.endswith("[DONE]") or all(
+                choice.get("finish_reason") for choice in data["choices"]):
+            return dict(data, object="chat.completion")
+    return data if _trouble(data) else text
 
 
 def _events(text: str) -> Iterator[Dict[str, Any]]:
     """The objects that a stream sends, up to where it breaks off."""
-    kind = ""
-    for found in itertools.islice(re.finditer("[^\r\n]+", text), _MAX_LINES):
-        name, _, line = found.group().partition(":")
-        value = _loosely(line.strip())
-        if name == "event":
-            kind = line.strip()
-        elif name == "data" and isinstance(value, str) and value.startswith("{"):
+    found = re.finditer("(?m)^(event: ?error\n+)?data:(.*)", text.replace("\r", "\n"))
+    for event in itertools.islice(found, 1 << 20):  # even an empty one costs time
+        value = _loosely(event.group(2).strip())
+        if event.group(1) and not (isinstance(value, dict) and value.get("error")):
+            value = {"error": value}
+        if isinstance(value, dict):
+            yield value
+        elif str(value).startswith("{"):
             return  # what follows would leave a hole
-        elif name == "data":
-            if kind == "error" and not (isinstance(value, dict) and value.get("error")):
-                value = {"error": value}
-            if isinstance(value, dict):
-                yield value
-            kind = ""
 
 
 def _joined(parts: List[Any], name: str = "", pieces: bool = False) -> Any:
@@ -1692,8 +1677,8 @@ def _joined(parts: List[Any], name: str = "", pieces: bool = False) -> Any:
         return {field: _joined(values, field, pieces or field in ("delta", "logprobs"))
                 for field, values in fields.items() if field != "index" or not pieces}
     if kind is list and (pieces or name == "choices"):
-        items = itertools.chain.from_iterable(parts)
-        return [_joined(group, "", pieces) for group in _groups(items)]
+        return [_joined(group, "", pieces) for group in _groups(
+            itertools.chain.from_iterable(parts))]
     if kind is str and pieces:  # some send a call's name and id again with each part
         once = name in ("role", "id", "type", "name", "format")
         return "".join(dict.fromkeys(parts) if once else parts)
@@ -1733,10 +1718,9 @@ def _loosely(text: str) -> Any:
 
 
 def _number(digits: str) -> Any:
-    value = float(digits)  # at once, where int() of a million digits takes minutes
-    if not abs(value) < math.inf:
+    if abs(float(digits)) == math.inf:  # first, as int() of a million digits is slow
         raise ValueError("%.20s is beyond all bounds" % digits)
-    return int(digits) if digits.lstrip("-").isdigit() else value
+    return int(digits) if digits.lstrip("-").isdigit() else float(digits)
 
 
 _decode = json.JSONDecoder(parse_float=_number, parse_int=_number,
