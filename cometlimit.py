@@ -28,6 +28,7 @@ What it promises (all times are in seconds):
 
 Version 2.0.0. Home: https://github.com/cometlimit/cometlimit
 """
+import array
 import binascii
 import bisect
 import collections
@@ -35,6 +36,7 @@ import contextlib
 import copy
 import email.utils
 import errno
+import functools
 import http.client
 import io
 import itertools
@@ -45,6 +47,7 @@ import os
 import queue
 import random
 import re
+import select
 import shlex
 import signal
 import socket
@@ -55,7 +58,7 @@ import time
 import urllib.parse
 import urllib.request
 import zlib
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from concurrent.futures.thread import ThreadPoolExecutor  # now, while there are files
 from typing import (Any, Callable, Deque, Dict, Iterable, Iterator, List, NamedTuple,
                     Optional, Set, Tuple, Type, Union)
@@ -74,6 +77,7 @@ __version__ = "2.0.0"
 BASE_URL = "https://api.cometapi.com/v1"
 
 _AHEAD = 16             # outcomes per place in flight that map() holds for a slow one
+_LISTEN = 0.25          # seconds after which the main thread sees any signal
 _CLOSING = 0.5          # seconds that close() waits for requests to be hung up on
 _CONNECT = 15.0         # seconds: who has not answered a fourth SYN will not answer
 _AFTER_DONE = 1.0       # seconds that a stream may go on after it has said [DONE]
@@ -244,7 +248,7 @@ class Client:
         self._pool.refuse_own_thread()
         future = self.submit(prompt, **params)
         try:
-            done: Completion = future.result()
+            done: Completion = _ended(future).result()
             return done
         finally:
             future.cancel()  # after Ctrl-C: nobody waits for it any more
@@ -274,7 +278,8 @@ class Client:
             for future in self._futures(prompts, params):
                 ahead.append(future)
                 future.add_done_callback(lambda _: room.release())
-                room.acquire()
+                while not room.acquire(timeout=_LISTEN):
+                    pass
                 yield from _outcomes(ahead, most, return_exceptions)
             yield from _outcomes(ahead, 1, return_exceptions)
         finally:
@@ -356,11 +361,19 @@ def _outcomes(ahead: "Deque[Future]", most: int,
               return_exceptions: bool) -> Iterator[Any]:
     """The first outcomes, as far as they are there; waits while `most` are ahead."""
     while ahead and (ahead[0].done() or len(ahead) >= most):
-        error = ahead[0].exception()
+        error = _ended(ahead[0]).exception()
         if error is not None and not (return_exceptions and isinstance(error, Error)):
             raise error
         yield error or ahead[0].result()
         ahead.popleft()
+
+
+def _ended(future: Future) -> Future:
+    """The future, once it has ended. Ctrl-C does not wake the main thread if the system
+    hands the signal to another thread, or does it just before the wait."""
+    while not future.done():
+        wait([future], _LISTEN)
+    return future
 
 
 # The loop
@@ -599,6 +612,7 @@ class _Pool:
             for call in calls:
                 if call in self.calls and not call.given_up:
                     call.given_up = why
+                    self.gate.strike_off(call)
                     call.changed.notify()
                     if call.ticket is not None and call.request is not None:
                         call.request.hang_up()
@@ -613,7 +627,7 @@ class _Pool:
         """Wait until every call has its outcome and its callbacks have run."""
         with self.lock:
             while self.calls:
-                self.ended.wait()
+                self.ended.wait(_LISTEN)
 
     def close(self) -> None:
         self.stop("the client was closed")
@@ -676,20 +690,24 @@ class _Gate:
 
     def turn(self, call: _Call) -> bool:
         """Wait until the call may be sent; False when it may not be any more."""
-        waiting, entry = call.model.waiting, (call.place, call)
         with self.lock:
             self.entered = max(self.entered, call.place[0])
-            bisect.insort(waiting, entry)
+            bisect.insort(call.model.waiting, (call.place, call))
             while call.ticket is None and not call.given_up and _now() < call.expires:
                 due = self._admit()
                 if call.ticket is None:
                     self._await(call, due)
             if call.ticket is None:
-                waiting.remove(entry)
+                self.strike_off(call)
             if self.watcher is call:
                 self.watcher, self.wakes_at = None, math.inf
                 self._look()
             return call.ticket is not None
+
+    def strike_off(self, call: _Call) -> None:
+        """Whoever is given up must not get a turn before it has gone."""
+        with contextlib.suppress(ValueError):
+            call.model.waiting.remove((call.place, call))
 
     def leave(self, call: _Call) -> None:
         """Its attempt has ended. If it comes again it follows those that wait now."""
@@ -1092,7 +1110,8 @@ def _read(response: http.client.HTTPResponse, request: _Request) -> bytes:
             body += piece
             if len(body) > (_MAX_ANSWER if good else _MAX_ERROR):
                 break
-            if body[-20:].rstrip().endswith(b"data: [DONE]"):
+            # No line of JSON begins so; what follows may have come in the same piece.
+            if re.search(rb"[\r\n]data: ?\[DONE\]", body[-len(piece) - 16:]):
                 request.expires = min(request.expires, _now() + _AFTER_DONE)
         else:
             if response.length:  # read(n) does not tell: python/cpython#115997
@@ -1168,8 +1187,10 @@ class _Connection(io.RawIOBase):
         """Send a request, and read the head of its answer."""
         self.request, self.heard, request.connection = request, 0, self
         try:
+            self._refuse_cut()  # hang_up() could not find this, nor end its look-up
             if not self.stands:
                 self._connect()
+            self._refuse_cut()
             refused_early = not self._send(request)
             response = http.client.HTTPResponse(self.reader, method="POST")
             response.begin()
@@ -1262,10 +1283,9 @@ class _Connection(io.RawIOBase):
                 do_handshake_on_connect=False)
             self.sock.do_handshake()
         self.stands = True
-        self._refuse_cut()
 
     def _refuse_cut(self) -> None:
-        if self.request.cut:  # between two sockets, so that nothing could be shut down
+        if self.request.cut:  # without a socket in use, so that none was shut down
             raise ConnectionAbortedError("hung up")
 
     def _dial(self, host: str, port: int) -> None:
@@ -1945,17 +1965,22 @@ examples:
   python3 cometlimit.py -m MODEL -i requests.jsonl -o results.jsonl
 
 Prompts come back as a JSON array of answers. Input rows are OpenAI Batch
-requests, {"prompt": ...}, JSON strings or plain lines; output rows are OpenAI
-Batch results. The output file is the checkpoint: the same command again sends
-only what is missing or failed. Exit status: 0 all answered, 1 some failed,
-2 nothing sent, 3 stopped early (run it again), 128 + N ended by signal N."""
+requests, {"prompt": ...}, {"messages": ...} or plain lines; output rows are
+OpenAI Batch results. The output file is the checkpoint: the same command again
+sends only what is missing or failed. TEXT and JSON may be @FILE. Exit status:
+0 all answered, 1 some failed, 2 nothing sent, 3 stopped early (run it again),
+128 + N ended by signal N."""
 
-_TICK = 0.25    # seconds between two looks at the clock, and between two drawings of the bar
-_PLAIN = 30.0   # seconds between two lines of progress where there is no terminal
-_GRACE = 5.0    # seconds that a stopped run leaves to what is in flight
-_ALIKE = 5      # rows that fail alike for good, no answer between: that is no matter of the rows
-_PATIENCE = 50  # the same of failures that might have passed
-_SIGPIPE = 13   # which Windows does not name
+_TICK = 0.05       # seconds between two looks at signals and at a pipe
+_DRAW = 0.25       # seconds between two drawings of the progress on a terminal,
+_PLAIN = 30.0      # and between two lines of it elsewhere
+_FRESH = 30.0      # seconds for which it shows the last attempt that failed
+_GRACE = 5.0       # seconds that a stopped run leaves to what is in flight
+_UNREACHED = 60.0  # seconds after which a server that was never reached ends the run
+_ALIKE = 5         # rows of a model that fail alike, no answer between: it is in doubt
+_PATIENCE = 50     # rows from elsewhere before failures that may pass end its part
+_SHARED = frozenset({301, 302, 303, 307, 308, 401, 402, 403, 404, 405, 429, 503})
+_DONE, _NEW, _FAILED = 0, 1, 2  # what is to be done with a row; _FAILED: once before
 
 
 def main(argv: Optional[List[str]] = None) -> int:
@@ -1964,174 +1989,292 @@ def main(argv: Optional[List[str]] = None) -> int:
         options = _options(argv)
         with contextlib.ExitStack() as stack:
             return _demo(stack) if options.demo else _Job(options, stack).run()
-    except SystemExit as end:  # argparse's
+    except SystemExit as end:  # argparse's, or a signal's before anything was sent
         return int(end.code or 0)
-    except KeyboardInterrupt:  # before anything was sent
+    except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except (Error, OSError) as error:
-        _say("cometlimit: error: %s" % error)
+        _say("cometlimit: error: " + _in_our_words(str(error)))
         return 2
 
 
-def _say(text: str, passing: bool = False) -> None:
-    """Write a line to stderr, if it can be; a passing one is overwritten by the next."""
-    # No server's words may steer the terminal.
-    text = "".join(c if c.isprintable() or c == "\n" else "\\x%02x" % ord(c) for c in text)
+def _say(text: str, end: str = "\n") -> None:
+    """Write to stderr, if it can be: no server's words may steer the terminal."""
+    text = "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
     try:
-        if passing:
-            text = text[:os.get_terminal_size(sys.stderr.fileno()).columns - 1] + "\x1b[K\r"
-        sys.stderr.write(text if passing else text + "\n")
+        sys.stderr.write(text + end)
         sys.stderr.flush()
-    except (OSError, AttributeError):  # full or closed: the interpreter is not to try it again
+    except (OSError, AttributeError):  # full or closed: to be tried no more
         sys.stderr = None
+
+
+def _in_our_words(text: str) -> str:
+    """What the library says of its options, as the command line calls them."""
+    for pattern, words in (
+            (r", or pass api_key=", ""), (r"Client\(model=.*\)", "-m MODEL"),
+            (r"see Client\(.*\)", "see --help"), (r"\bheaders=", "--header"),
+            (r"timeout= \(or deadline=\)|^timeout\b", "--timeout"),
+            (r"\b(max|allow|ca)_(concurrency|rate|retries|http|file)(=True)?",
+             r"--\1-\2")):
+        text = re.sub(pattern, words, text)
+    return text
 
 
 def _options(argv: Optional[List[str]]) -> Any:
     parser = _parser()
-    options = parser.parse_args(argv)
+    options, unknown = parser.parse_known_args(argv)
+    if options.prompts in ([], ["-"]) and options.input_file is None and (
+            not options.demo):
+        options.prompts, options.input_file = [], "-"
+    by_hand = options.input_file in (None, "-") and not options.output_file
+    options.form = "text" if options.text else "array" if by_hand else "rows"
+    files = options.input_file, options.output_file, options.joblog
+    for wrong, words in (
+            # Without values: one of them may be a key.
+            (unknown, "unknown: " + " ".join(word.split("=")[0] for word in unknown)),
+            (options.prompts and files[0], "give either prompts or -i"),
+            (files[0] == "-" and (sys.stdin is None or sys.stdin.isatty()),
+             "nothing to ask: give prompts, -i FILE or lines on stdin"),
+            (by_hand and not (options.model or options.demo) or options.model == "",
+             "name a model: -m MODEL"),
+            (options.text and files[1], "--text goes to stdout, not to -o"),
+            ("" in files, "-i, -o and --joblog take the name of a file")):
+        if wrong:
+            parser.error(words)
     try:
-        options.param, options.shard = dict(map(_param, options.param)), _shard(options.shard)
-    except ValueError:
-        parser.error("--param is NAME=JSON, and --shard I/N with I from 1 to N")
-    options.key = "none" if options.dry_run or options.demo else (
-        os.environ.get(options.api_key_env))
-    options.array = not (options.input_file or options.output_file)
-    if options.prompts and options.input_file:
-        parser.error("give either prompts or -i")
-    if options.prompts in ([], ["-"]) and not (options.input_file or options.demo):
-        options.input_file = "-"
-        if sys.stdin is None or sys.stdin.isatty():
-            parser.error("nothing to ask: give prompts, -i FILE or lines on stdin")
-    if options.model == "" or options.array and not (options.model or options.demo):
-        parser.error("name a model: -m MODEL")
-    if not (options.deadline > 0 and options.max_failures > 0):
-        parser.error("--deadline and --max-failures are numbers above 0")
-    if not options.key:
-        parser.error("there is no API key: set %s" % options.api_key_env)
-    if argv is None:  # 3.6 in the C locale takes UTF-8 for bytes that it cannot read
-        options.prompts = [os.fsencode(text).decode("utf-8", "replace") for text in options.prompts]
+        options.system = options.system and _or_file(options.system)
+        options.param = {name: _json_or_word(_or_file(text)) for name, text in (
+            _pair(word, "=", "--param is NAME=JSON") for word in options.param)}
+        _payload("x", dict({"model": "x"}, **options.param))
+        options.header = dict(_pair(line, ":", "--header is NAME: VALUE")
+                              for line in options.header)
+        at, shards = map(int, _pair(options.shard, "/", "--shard is I/N"))
+        options.shard = range(at - 1, sys.maxsize, max(shards, 1))
+        if not 0 < at <= shards:
+            raise ValueError("--shard is I/N, with I from 1 to N")
+    except (ValueError, OSError) as fault:
+        parser.error(_in_our_words(str(fault)))
     return options
 
 
 def _parser() -> Any:
     import argparse  # here, as the library's start is not to wait for it
     parser = argparse.ArgumentParser(
-        prog="cometlimit", description=(__doc__ or "").partition("\n")[0], epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False)  # or --api-key KEY would pass for --api-key-env, and show the key
+        prog="cometlimit", description=(__doc__ or "").split("\n")[0], epilog=_EPILOG,
+        usage="cometlimit -m MODEL [PROMPT ... | -i FILE] [-o FILE] ... (more: --help)",
+        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     add = parser.add_argument
-    add("prompts", nargs="*", metavar="PROMPT", help="or - for one a line on stdin")
-    add("-m", "--model", metavar="MODEL", help="for rows that name none")
+    add("prompts", nargs="*", type=_utf8, metavar="PROMPT", help="or -: lines on stdin")
+    add("-m", "--model", type=_utf8, help="for rows that name none")
     add("-i", "--input-file", metavar="FILE", help="rows to ask; - is stdin")
     add("-o", "--output-file", metavar="FILE", help="rows of results; - is stdout")
-    add("-c", "--max-concurrency", type=int, default=5, metavar="N", help="in flight at once (5)")
-    add("--retries", type=int, default=4, metavar="N", help="attempts after the first (4)")
-    add("--timeout", type=float, default=600.0, metavar="SEC", help="of one attempt (600)")
-    add("--deadline", type=float, default=math.inf, metavar="SEC", help="stop after so long")
-    add("--max-failures", type=float, default=math.inf, metavar="N", help="stop after N failed")
-    add("--param", action="append", default=[], metavar="NAME=JSON", help="a field of each body")
-    add("--system", metavar="TEXT", help="a system message before each plain prompt")
+    add("-c", "--max-concurrency", type=int, default=5, metavar="N", help="at once (5)")
+    add("--max-rate", type=float, metavar="N", help="most requests a second")
+    add("--max-retries", type=int, default=4, metavar="N", help="for each row (4)")
+    add("--timeout", type=float, default=600.0, metavar="SEC", help="of one try (600)")
+    add("--param", action="append", default=[], type=_utf8, metavar="NAME=JSON")
+    add("--system", type=_utf8, metavar="TEXT", help="a system message for each prompt")
+    add("--text", action="store_true", help="answers as bare text")
     add("--shard", default="1/1", metavar="I/N", help="of every N rows the I-th")
     add("--joblog", metavar="FILE", help="append a JSON line for every attempt")
+    add("--max-tokens-total", type=int, metavar="N", help="stop after so many tokens")
+    add("--skip-failed", action="store_true", help="leave rows that failed for good")
     add("--dry-run", action="store_true", help="check the input, send nothing")
     add("--base-url", metavar="URL", help="else COMETAPI_BASE_URL, else CometAPI's")
-    add("--api-key-env", default="COMETAPI_KEY", metavar="NAME", help="the key's variable")
+    add("--header", action="append", default=[], type=_utf8, metavar="'NAME: VALUE'")
+    add("--allow-http", action="store_true", help="http to any host: it shows the key")
+    add("--ca-file", metavar="FILE", help="further certificates to trust (PEM)")
     add("-q", "--quiet", action="store_true", help="no progress, no summary")
-    add("--demo", action="store_true", help="see it find the limit of a server of its own")
+    add("--demo", action="store_true", help="see it find the limit of its own server")
     add("--version", action="version", version="%(prog)s " + __version__)
     return parser
 
 
-def _param(text: str) -> Tuple[str, Any]:
-    name, equals, value = text.partition("=")
-    if not (name and equals):
-        raise ValueError
-    return name, _loosely(value)
+def _utf8(word: str) -> str:
+    """An argument as it was typed: 3.6 in the C locale cannot read UTF-8."""
+    with contextlib.suppress(UnicodeError):
+        return os.fsencode(word).decode("utf-8")
+    return word
 
 
-def _shard(text: str) -> Tuple[int, int]:
-    at, shards = map(int, text.split("/"))
-    if not 1 <= at <= shards:
-        raise ValueError
-    return at - 1, shards
+def _or_file(value: str) -> str:
+    """A text, or what the file of @FILE holds."""
+    if value[:1] != "@":
+        return value
+    with open(value[1:].encode(), encoding="utf-8-sig") as file:
+        return file.read().rstrip("\r\n")
+
+
+def _pair(word: str, sign: str, form: str) -> Tuple[str, str]:
+    name, found, value = map(str.strip, word.partition(sign))
+    if not (name and found):
+        raise ValueError("%s, not %s" % (form, name))
+    return name, value
+
+
+def _json_or_word(text: str) -> Any:
+    """A value of JSON; what cannot be meant as such is a text."""
+    value = _loosely(text)
+    if value in (text, None) and re.match(
+            r"[\[{\"']|(?i:[-+.]?\d[\d.,_]*|true|false|none|nan|-?inf\w*|)$", text):
+        raise ValueError("a value of --param is no JSON: " + text)
+    return value
 
 
 # Rows
 
 
+_NO_ROWS = tuple((re.compile(pattern, re.S).match, what) for pattern, what in (
+    (br"\x1f\x8b|PK\x03\x04|\xfd7zXZ|BZh\d|\x28\xb5\x2f\xfd|PAR1", "packed: unpack it"),
+    (br"\xff\xfe|\xfe\xff|.*\0", "UTF-16 or UTF-32: save it as UTF-8"),
+    (br'[\[{]$|\[\s*\{|\[\s*".*[",\]]$', "a JSON document: give each row a line")))
+# A line of CSV with a field in quotes; one alone is a prompt.
+_is_csv = re.compile(br'(?=.*")("(""|[^"])*"|[^",]+)(,("(""|[^"])*"|[^",]*))*$').match
+
+
+class _Input:
+    """The lines with rows: of a file, which can be read again, a pipe, or prompts.
+
+    A file is read no further than it was long at the start: rows that are appended
+    meanwhile are left to the next run.
+    """
+
+    def __init__(self, fd: int, prompts: List[str]) -> None:
+        self.fd, self.start, self.is_json = fd, 0, False
+        text = "\n".join(json.dumps({"prompt": prompt}) for prompt in prompts).encode()
+        self.end = len(text)
+        self.read: Callable[[int, int], bytes] = lambda size, at: text[at:at + size]
+        self.is_pipe = not prompts and not os.path.isfile(fd)
+        if not (prompts or self.is_pipe):
+            self.start, self.end = os.lseek(fd, 0, os.SEEK_CUR), os.fstat(fd).st_size
+            self.read = functools.partial(os.pread, fd)
+        self.index = array.array("q")  # number, start and size of each row's line
+        self.lines: Dict[int, Tuple[int, bytes]] = {}  # of a pipe: not asked yet
+
+    def scan(self, shard: range) -> Iterator[Optional[int]]:
+        """The shard's rows, from 0; None where a pipe has nothing to read yet."""
+        count = row = number = quoted = 0
+        start = self.start
+        for line in self._lines():
+            if line is None:
+                yield None
+                continue
+            text, number = _strip(line), number + 1
+            quoted += bool(_is_csv(text))
+            if quoted > 1:
+                raise ConfigurationError('the input is CSV: write {"prompt": ...} rows')
+            for matches, what in _NO_ROWS if text and not count else ():
+                if matches(text):
+                    raise ConfigurationError("the input is " + what)
+            self.is_json = self.is_json or not count and text[:1] == b"{"
+            if text and count in shard:
+                if self.is_pipe:
+                    self.lines[row] = number, text
+                else:
+                    self.index.extend((number, start, len(line)))
+                yield row
+                row += 1
+            count, start = count + bool(text), start + len(line) + 1
+
+    def get(self, row: int) -> Tuple[int, bytes]:
+        """The number and the text of a row's line."""
+        if self.is_pipe:
+            return self.lines[row]
+        number, start, size = self.index[3 * row:3 * row + 3]
+        line = self.read(size, start)
+        if len(line) < size:
+            raise OSError("the input was cut short meanwhile")
+        return number, _strip(line)
+
+    def _lines(self) -> Iterator[Optional[bytes]]:
+        """Lines as bytes: only \\n ends one, others may stand inside of strings."""
+        at, parts, data = self.start, [b""], b"-"
+        while data:
+            if self.is_pipe and not select.select([self.fd], [], [], 0)[0]:
+                yield None
+                continue
+            data = os.read(self.fd, 1 << 16) if self.is_pipe else self.read(
+                min(1 << 16, self.end - at), at)
+            at, lines = at + len(data), data.split(b"\n")
+            parts.append(lines[0])
+            if not data or len(lines) > 1:
+                yield b"".join(parts)
+                yield from lines[1:-1]
+                parts = lines[-1:]
+
+
+def _strip(line: bytes) -> bytes:
+    line = line[3:] if line.startswith(b"\xef\xbb\xbf") else line
+    return line.strip(b" \t\r\n\f\v\0")
+
+
 class _Row(NamedTuple):
     """A question of the input."""
-
-    id: str      # its custom_id, else its line
-    order: int   # its place among the rows of this run
+    id: str    # its custom_id, else its line
     line: int
-    mark: int    # made of what it says: by it another input is known
     body: Dict[str, Any]
+    mark: str  # of all that is asked: another one is another question
     problem: Optional[ConfigurationError]  # why it cannot be asked
 
 
-def _rows(lines: Iterable[bytes], options: Any) -> Iterator[_Row]:
-    """The rows of the shard. Only \\n ends a line: other ends may stand inside of strings."""
-    count, (at, shards) = 0, options.shard
-    for number, line in enumerate(lines, 1):
-        if line.startswith(b"\xef\xbb\xbf"):
-            line = line[3:]
-        line = line.strip(b" \t\r\n\f\v\0")
-        if line:
-            if count % shards == at:
-                yield _row(line, count // shards, number, options)
-            count += 1
-
-
-def _row(line: bytes, order: int, number: int, options: Any) -> _Row:
-    name, body, problem = "line-%d" % number, {}, None
+def _row(source: _Input, n: int, options: Any) -> _Row:
+    (number, line), body, problem = source.get(n), {}, None
+    name = "line-%d" % number
     try:
         text = line.decode("utf-8")
-        parse = _parse if text[0] == "{" and not options.array else _loosely
-        value = parse(text) if text[0] in '{["' else text
-        value = value if isinstance(value, dict) else {"prompt": value}
-        if isinstance(value.get("custom_id"), (str, int)):
-            name = str(value["custom_id"])
+        value = _parse(text) if text[0] == "{" else (
+            _loosely(text) if source.is_json else text)
+        value = {"prompt": text} if value is text else value
+        if not isinstance(value, dict):
+            raise ValueError("a row is an object or a plain prompt")
+        value = {field: value[field] for field in value if value[field] is not None}
+        own = value.get("custom_id", name if "body" in value else value.get("id", name))
+        if isinstance(own, bool) or not isinstance(own, (str, int)):
+            raise ConfigurationError("a custom_id is a text or a whole number, not "
+                                     + repr(own), code="invalid_input")
+        name = str(own)
         body = _body(value, options)
     except ConfigurationError as fault:
         problem = fault
     except ValueError as fault:
-        problem = ConfigurationError("line %d is no JSON: %s" % (number, fault),
+        problem = ConfigurationError("line %d cannot be read: %s" % (number, fault),
                                      code="invalid_json_line")
-    return _Row(name, order, number, binascii.crc32(line), body, problem)
+    return _Row(name, number, body, _digest(json.dumps(body, sort_keys=True)), problem)
 
 
 def _body(value: Dict[str, Any], options: Any) -> Dict[str, Any]:
-    """The fields of a request, with the messages under "prompt", from any form of row."""
+    """The body of the request, from any form of row. Raises ConfigurationError."""
     url, given = str(value.get("url", "/chat/completions")), value.get("body", value)
     if value.get("method", "POST") != "POST" or not url.endswith("/chat/completions"):
         raise ConfigurationError("only POST to /v1/chat/completions can be asked")
     if not isinstance(given, dict):
         raise ConfigurationError("the body of a row is an object")
-    body = dict(dict({"model": options.model}, **options.param), **given)
-    for name in ("custom_id", "method", "url"):
-        body.pop(name, None)
-    messages = body.pop("messages", None)
-    prompt = body.setdefault("prompt", messages)
-    if options.system and isinstance(prompt, str):
-        body["prompt"] = [{"role": "system", "content": options.system},
-                          {"role": "user", "content": prompt}]
-    if options.dry_run:
-        _payload(_prompt(body), {})
+    body = dict({"model": options.model}, **options.param)
+    body.update((name, field) for name, field in given.items() if field is not None
+                and name not in ("custom_id", "id", "method", "url"))
+    if "prompt" in body and "messages" in body:
+        raise ConfigurationError("a row has either a prompt or messages")
+    if "prompt" in body:
+        prompt = body.pop("prompt")
+        roles = [("system", options.system), ("user", prompt)][not options.system:]
+        body["messages"] = prompt if not isinstance(prompt, str) else [
+            {"role": role, "content": text} for role, text in roles]
+    _payload(body, {})
+    last = body["messages"][-1]
+    if last.get("role") == "user" and not str(last.get("content")).strip():
+        raise ConfigurationError("the prompt is empty", code="invalid_input")
     return body
 
 
-def _prompt(body: Dict[str, Any]) -> Any:
-    fields = dict(body)
-    prompt = fields.pop("prompt", None)
-    if isinstance(prompt, str):
-        prompt = [{"role": "user", "content": prompt}]
-    return dict(fields, messages=prompt)
+def _digest(text: str) -> str:
+    """64 bits of a text; hashlib may refuse to work where FIPS rules."""
+    data = text.encode("utf-8", "backslashreplace")
+    return "%08x%08x" % (zlib.crc32(data), zlib.crc32(data[::-1]))
 
 
 def _result(row: _Row, outcome: Union[Completion, Error]) -> bytes:
-    """The OpenAI Batch output line. A failure stands in both the places where readers look for it:
-    https://github.com/openai/openai-openapi/issues/302"""
+    """The OpenAI Batch output line. A failure stands in both the places where readers
+    look for it: https://github.com/openai/openai-openapi/issues/302"""
     status, body = getattr(outcome, "status_code", 200), outcome.body
     error: Optional[Dict[str, Any]] = None
     if isinstance(outcome, Error):
@@ -2139,30 +2282,20 @@ def _result(row: _Row, outcome: Union[Completion, Error]) -> bytes:
         if isinstance(outcome, ConfigurationError):
             error["line"] = row.line
         if not isinstance(body, dict):
-            body = {"error": {"message": body, "type": None, "param": None, "code": None}}
-    response = {"status_code": status, "request_id": outcome.request_id, "body": body}
-    names = binascii.crc32(row.id.encode("utf-8", "backslashreplace")), row.mark
-    return json.dumps({"id": "batch_req_%08x%08x" % names, "custom_id": row.id,
-                       "response": response if status else None, "error": error}).encode() + b"\n"
-
-
-def _answered(result: Dict[str, Any]) -> bool:
-    """Whether an output line, whoever wrote it, holds an answer."""
-    response = result["response"]  # which even the oddest results have, and requests have not
-    if result.get("error") is not None or not isinstance(response, dict):
-        return False
-    if "status_code" not in response:  # the completion itself, as old versions of vLLM have it
-        return bool(response.get("choices"))
-    body = response.get("body")
-    return (response["status_code"] in range(200, 300) and isinstance(body, dict)
-            and bool(body) and not body.get("error"))
+            body = {"error": {"message": body, "type": None, "param": None,
+                              "code": None}}
+    name = "batch_req_%s_%s" % (_digest(row.id), row.mark)
+    response = {"status_code": status, "body": body,
+                "request_id": outcome.request_id or name}
+    return json.dumps({"id": name, "custom_id": row.id, "error": error,
+                       "response": response if status else None}).encode() + b"\n"
 
 
 # Results
 
 
 def _write(fd: int, data: bytes) -> None:
-    """All of it or an OSError: file objects keep what a full disk refused, and write it later."""
+    """All of it or an OSError: file objects keep what a full disk refused for later."""
     left = memoryview(data)
     while left:
         left = left[os.write(fd, left):]
@@ -2178,72 +2311,87 @@ def _stdout() -> Callable[[bytes], Any]:
         fd = out.fileno()
         return lambda data: _write(fd, data)
     except OSError:  # a stream of Python's
-        return out.buffer.write if hasattr(out, "buffer") else lambda data: out.write(data.decode())
+        return out.buffer.write if hasattr(out, "buffer") else (
+            lambda data: out.write(data.decode()))
 
 
 class _Stream:
     """Results to a pipe, in the order of the rows: what comes early is held back."""
+    tokens, skipped, found = 0, 0, ()  # which a checkpoint has
 
-    def __init__(self, write: Callable[[bytes], Any], array: bool) -> None:
-        self.write, self.array = write, array
+    def __init__(self, write: Callable[[bytes], Any], form: str) -> None:
+        self.write, self.form = write, form
         self.early: Dict[int, bytes] = {}
         self.written = 0
 
-    def put(self, row: _Row, outcome: Union[Completion, Error]) -> int:
-        """Take a result; returns how many have gone out by it."""
-        if self.array:  # half a surrogate pair becomes the escape that JSON has for it
-            text = json.dumps(getattr(outcome, "text", None), ensure_ascii=False)
-            self.early[row.order] = text.encode("utf-8", "backslashreplace")
+    def put(self, n: int, row: Optional[_Row], outcome: Any) -> None:
+        """Take a result; without a row, it was left."""
+        text = getattr(outcome, "text", None)
+        if self.form == "rows":
+            self.early[n] = _result(row, outcome) if row else b""
         else:
-            self.early[row.order] = _result(row, outcome)
-        before = self.written
+            words = json.dumps(text, ensure_ascii=False) if self.form == "array" else (
+                "" if text is None else text + "\n")
+            self.early[n] = words.encode("utf-8", "backslashreplace")
         while self.written in self.early:
-            self._emit(self.early.pop(self.written))
-        return self.written - before
+            if self.form == "array":
+                self.write(b",\n " if self.written else b"[")
+            self.write(self.early.pop(self.written))
+            self.written += 1
+
+    def meet(self, row: _Row) -> int:
+        return _NEW
+
+    def begin(self) -> None:
+        """A pipe needs no care."""
+
+    look = begin
 
     def close(self, rows: int) -> None:
-        for order in range(self.written, rows):  # after a stop there may be gaps
-            self._emit(self.early.get(order, b"null" if self.array else b""))
-        if self.array:
+        for n in range(self.written, rows):  # after a stop there may be gaps
+            if n not in self.early:
+                self.put(n, None, None)
+        if self.form == "array":
             self.write(b"]\n" if rows else b"[]\n")
-
-    def _emit(self, data: bytes) -> None:
-        if self.array:
-            data = (b",\n " if self.written else b"[") + data
-        self.written += 1
-        self.write(data)
 
 
 class _Checkpoint:
     """Results to a file, which is all that a resumed run needs.
 
-    A result is appended, in one piece, as soon as it is there, whatever is still open before it: a
-    kill costs none that was received. close() puts the rows into the input's order and leaves only
-    the last of each, in a copy that takes the file's place.
-
-    A place is the offset of a row's line + 1: negative for a failure, which gives way; 0: none.
+    A result is appended, in one piece, as soon as it is there, whatever is still open
+    before it: a kill costs none that was received. close() puts the rows into the order
+    of the input and leaves the last of each, in a copy that takes the file's place.
     """
+    written = sys.maxsize  # no row waits for those before it
 
-    def __init__(self, fd: int, path: str, places: Dict[str, int]) -> None:
-        self.fd, self.path = fd, path
-        self.places = places              # of the rows of the input, in its order
-        # Of rows not met yet, << 32, with the mark: tuples would take 100 bytes more for each.
+    def __init__(self, fd: int, path: str, skip_failed: bool) -> None:
+        self.fd, self.path, self.skip_failed = fd, path, skip_failed
+        # The offset + 1 of each row's line: negative for a failure; 0: there is none.
+        self.places = array.array("q")
+        # By id, of rows not met yet: the same << 64, with the mark or, of a failure,
+        # whether it was one for good. Tuples would take 100 bytes more for each.
         self.found: Dict[str, int] = {}
-        self.lines = self.end = 0
-        self.gap = b""                    # what is missing at the end
+        self.lines = self.end = self.tokens = self.skipped = 0
+        self.gap = b""  # what is missing at the end
         self._lock()
         self._load()
 
     def _lock(self) -> None:
+        import fcntl
         try:
-            import fcntl
             fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not os.path.samefile(self.fd, self.path):
-                raise BlockingIOError  # a run that has just ended put another file in its place
-        except ImportError:  # on Windows
-            pass
+            if not self._is_there():
+                raise BlockingIOError  # by a run that has just ended
         except BlockingIOError:
             raise ConfigurationError("another run writes to %s" % self.path) from None
+        except OSError as fault:
+            _say("cometlimit: %s cannot be locked (%s): let no other run write to it"
+                 % (self.path, fault))
+
+    def _is_there(self) -> bool:
+        with contextlib.suppress(OSError):
+            return os.path.samefile(self.fd, self.path)
+        return False
 
     def _load(self) -> None:
         bad, start = 0, b'{"id": "batch_req_'
@@ -2251,9 +2399,11 @@ class _Checkpoint:
             for line in lines:
                 whole = line.endswith(b"\n")
                 try:
-                    self._learn(_parse(line.decode("utf-8").lstrip("\ufeff"), 2 * _MAX_DEPTH))
+                    text = line.decode("utf-8").lstrip("\ufeff")
+                    self._learn(_parse(text, 2 * _MAX_DEPTH))
                 except (ValueError, LookupError, TypeError, AttributeError):
-                    if not whole and (self.found or line[:len(start)] == start[:len(line)]):
+                    is_ours = self.found or start.startswith(line[:len(start)])
+                    if is_ours and not whole:
                         break  # torn by a kill: the next row takes its place
                     bad += 1
                 self.lines, self.end = self.lines + 1, self.end + len(line)
@@ -2261,366 +2411,578 @@ class _Checkpoint:
         if bad:
             _say("cometlimit: %d lines of %s are no results" % (bad, self.path))
             if not self.found:
-                raise ConfigurationError("%s holds something else: it is left as it is" % self.path)
+                raise ConfigurationError("%s holds something else: it is left as it is"
+                                         % self.path)
 
     def _learn(self, result: Any) -> None:
+        """Take note of an output line, whoever wrote it."""
         name, place = str(result["custom_id"]), self.end + 1
-        if _answered(result):
-            mark = re.match("batch_req_[0-9a-f]{8}([0-9a-f]{8})$", str(result.get("id")))
-            self.found[name] = place << 32 | (int(mark.group(1), 16) if mark else 0)
+        response, error = result["response"], result.get("error")
+        response = response if isinstance(response, dict) else {}
+        status, body = response.get("status_code"), response.get("body")
+        is_good = error is None and body and not body.get("error")
+        if is_good and status in range(200, 300):
+            found = re.match("batch_req_[0-9a-f]{16}(?:_([0-9a-f]{16}))?$",
+                             str(result.get("id")))
+            # Rows of other programs have no mark; version 1.0 made marks that fit none.
+            mark = int(found.group(1) or "1", 16) if found else 0
+            self.found[name] = place << 64 | mark
+            self.tokens += _tokens(body.get("usage"))
         elif self.found.get(name, 0) <= 0:
-            self.found[name] = -place << 32
+            code = error.get("code") if isinstance(error, dict) else None
+            self.found[name] = -(place << 64 | (
+                status not in RETRYABLE | {401, 402} if status
+                else str(code).startswith("invalid_")))
 
-    def place(self, row: _Row) -> int:
-        """Where the result of a row that is met stands. Raises ConfigurationError."""
-        place, mark = divmod(self.found.get(row.id, 0), 1 << 32)
-        if mark not in (0, row.mark):
-            raise ConfigurationError("%s is of another input: there, %r asked something else"
-                                     % (self.path, row.id))
+    def meet(self, row: _Row) -> int:
+        """The state of the input's next row. Raises ConfigurationError if what was
+        answered is another question."""
+        found = self.found.get(row.id, 0)
+        place, mark = divmod(abs(found), 1 << 64)
+        self.places.append(0)
+        if found > 0 and mark not in (0, int(row.mark, 16)):
+            raise ConfigurationError(
+                "%s is of another input or other settings: there, %r asked something "
+                "else. Name another -o, or delete such rows" % (self.path, row.id))
+        self.places[-1] = place if found > 0 else -place
         self.found.pop(row.id, None)
-        return place
+        is_skipped = found < 0 and self.skip_failed and mark > 0
+        self.skipped += is_skipped
+        return _DONE if found > 0 or is_skipped else _FAILED if found else _NEW
 
-    def put(self, row: _Row, outcome: Union[Completion, Error]) -> int:
+    def put(self, n: int, row: Optional[_Row], outcome: Any) -> None:
+        if row is None:
+            return  # it is left as it is
+        self._check_size()
         line, place = self.gap + _result(row, outcome), self.end + len(self.gap) + 1
         try:
-            os.ftruncate(self.fd, self.end)
             _write(self.fd, line)
         except OSError:  # a full disk takes half a row
             os.ftruncate(self.fd, self.end)
             raise
+        self.places[n] = -place
         if isinstance(outcome, Completion):
-            self.places[row.id] = place
-        elif self.places.get(row.id, 0) <= 0:
-            self.places[row.id] = -place
+            self.places[n], self.tokens = place, self.tokens + _tokens(outcome.usage)
         self.lines, self.end, self.gap = self.lines + 1, self.end + len(line), b""
-        return 1
+
+    def begin(self) -> None:
+        os.ftruncate(self.fd, self.end)  # half a row is no row
+
+    def look(self) -> None:
+        """See that what was written is safe, and still there."""
+        os.fsync(self.fd)
+        self._check_size()
+        if not self._is_there():
+            _say("cometlimit: %s was removed or replaced: it is written back"
+                 % self.path)
+            self._replace(None)
 
     def close(self, _: int) -> None:
-        self.places.update((name, found >> 32) for name, found in self.found.items())
-        order = [abs(place) for place in self.places.values() if place]
-        os.ftruncate(self.fd, self.end)
-        if len(order) == self.lines and order == sorted(order):
-            return
+        self.look()
+        order = [abs(place) for place in self.places if place]
+        order += sorted(abs(found) >> 64 for found in self.found.values())
+        if len(order) != self.lines or order != sorted(order):
+            try:
+                self._replace(order)
+            except OSError as fault:
+                _say("cometlimit: %s is whole, but not in the input's order: %s"
+                     % (self.path, fault))
+
+    def _check_size(self) -> None:
+        if os.fstat(self.fd).st_size != self.end:
+            raise OSError("another program has written to %s" % self.path)
+
+    def _replace(self, places: Optional[List[int]]) -> None:
+        """Put a copy with these rows (None: all) into the file's place: with its mode
+        and, under its descriptor, its lock."""
         draft = self.path + ".sorted"
+        fd = os.open(draft, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o600)
         try:
-            with open(self.path, "rb") as rows, open(draft, "wb") as copy:
-                for place in order:
-                    rows.seek(place - 1)
-                    copy.write(rows.readline().rstrip(b"\n") + b"\n")
-                copy.flush()
-                os.fsync(copy.fileno())
-            os.chmod(draft, os.stat(self.path).st_mode & 0o777)
+            with open(self.fd, "rb", closefd=False) as rows:
+                rows.seek(0)
+                for line in rows if places is None else (
+                        (rows.seek(place - 1), rows.readline())[1] for place in places):
+                    _write(fd, line if places is None else line.rstrip(b"\n") + b"\n")
+            os.fchmod(fd, os.fstat(self.fd).st_mode & 0o777)
+            os.fsync(fd)
             os.replace(draft, self.path)
-        except OSError as fault:
-            _say("cometlimit: %s is whole, but not in the input's order: %s" % (self.path, fault))
-            if os.path.exists(draft):
-                os.unlink(draft)
+            os.dup2(fd, self.fd, inheritable=False)
+        except OSError:
+            os.unlink(draft)
+            raise
+        finally:
+            os.close(fd)
+        self._lock()
+
+
+def _tokens(usage: Any) -> int:
+    counts = map((usage if isinstance(usage, dict) else {}).get,
+                 ("prompt_tokens", "completion_tokens"))
+    return sum(count for count in counts if isinstance(count, int))
 
 
 # A run
 
 
-class _Tally:
-    """What became of the rows of a run: counted, and shown on stderr."""
+class _Screen:
+    """What becomes of the rows: counted, and shown on stderr."""
 
     def __init__(self, options: Any) -> None:
         self.options = options
         self.total: Optional[int] = None  # rows, if that is known beforehand
-        self.kept = self.answers = self.failures = 0  # kept: answered by an earlier run
-        self.errors: Dict[str, List[Any]] = {}  # by code: how many, and the first
-        self.alike: Dict[Any, int] = collections.Counter()  # failures since the last answer
-        self.began = self.shown = time.monotonic()
-        shared = options.output_file in (None, "-") and sys.stdout is not None and (
-            sys.stdout.isatty())  # by the answers
-        self.bar = not (options.quiet or shared or sys.stderr is None) and sys.stderr.isatty()
+        self.kept = self.answers = self.failures = self.tokens = 0
+        self.errors: Dict[str, List[Any]] = {}  # by code: how many, the first one, ids
+        self.trouble, self.trouble_at = "", -math.inf  # the last attempt that failed
+        self.is_reached = False
+        self.began = time.monotonic()
+        self.past = collections.deque([(self.began, 0)])  # what was done by when
+        shared = options.output_file in (None, "-") and sys.stdout  # with the answers
+        self.bar = not (options.quiet or shared and shared.isatty()) and (
+            sys.stderr and sys.stderr.isatty())
+        self.due = self.began + (0.0 if self.bar else _PLAIN)
 
-    def count(self, row: _Row, outcome: Union[Completion, Error]) -> str:
-        """Count an outcome. Returns why the run should end by it, or ""."""
-        if isinstance(outcome, Completion):
+    def attempt(self, record: Record, place: str) -> None:
+        self.tokens += record.prompt_tokens + record.completion_tokens
+        self.is_reached |= record.status is not None or record.error == "timeout"
+        if record.error is not None:
+            self.trouble_at = time.monotonic()
+            if not self.trouble:
+                self.due = min(self.due, self.trouble_at + 1.0)  # the first comes early
+            self.trouble = "no connection to " + place if (
+                record.error.startswith("connect")) else "%s %s" % (
+                record.status or "", record.error)
+
+    def count(self, row: _Row, outcome: Union[Completion, Error]) -> None:
+        if not isinstance(outcome, Error):
             self.answers += 1
-            self.alike.clear()
-            return ""
+            return
         self.failures += 1
-        code, status = _code(outcome), outcome.status_code
-        self.errors.setdefault(code, [0, "%s: %s" % (row.id, outcome)])[0] += 1
-        if self.options.array:
-            _say("cometlimit: %s: %s" % (row.id, outcome))
-        if outcome.retryable or isinstance(outcome, APIConnectionError) or (
-                status in (401, 402, 403, 404, 429, 503)):  # no matter of the row
-            self.alike[code, status] += 1
-        if self.alike[code, status] >= (_PATIENCE if outcome.retryable else _ALIKE):
-            return "%d rows failed alike, with no answer between" % self.alike[code, status]
-        if self.failures >= self.options.max_failures:
-            return "%d rows failed" % self.failures
-        return ""
+        text, form = _in_our_words(str(outcome)), self.options.form
+        if form != "rows":
+            _say("cometlimit: %s: %s" % (row.id, text))
+        kind = self.errors.setdefault(_code(outcome), [0, text, []])
+        kind[0] += 1
+        if kind[0] <= 10:
+            kind[2].append(row.id)
 
-    def progress(self, client: Client) -> str:
-        asked, total = self.answers + self.failures, self.total
-        done, rate = self.kept + asked, asked / max(0.001, self.shown - self.began)
-        text = "%d%s done" % (done, "" if total is None else "/%d" % total)
-        if total and self.bar:
-            text = "[%-16s] %s" % ("#" * (16 * done // total), text)
-        text += ", %d failed" % self.failures if self.failures else ""
-        if total and rate:
-            text += ", %d:%02d left" % divmod((total - done) / rate, 60)
-        text += ", %.1f/s" % rate
-        for (_, model), stats in sorted(client.metrics.items()):
-            limits = ", ".join(words % value for words, value in (
-                ("rate limit %.3g/s", stats.rate), ("window %d", stats.window),
-                ("429 x %d", stats.statuses[429])) if value)
-            text += "; %s: %s" % (model, limits) if limits else ""
-        return text
+    def draw(self, client: Client, stopping: str) -> None:
+        """Show how the run goes, if that is due."""
+        now = time.monotonic()
+        if now >= self.due and not self.options.quiet:
+            self.due = now + (_DRAW if self.bar else _PLAIN)
+            width = self.bar and os.get_terminal_size(sys.stderr.fileno()).columns or 80
+            text = stopping or self._progress(client, now, width)
+            _say(text[:width - 1], "\x1b[K\r" if self.bar else "\n")
 
-    def summary(self, client: Client) -> Iterator[str]:
-        form = "%-20s %8s %8s %7s %10s %10s %6s %6s"
-        yield form % ("model", "requests", "answers", "retries", "tokens in", "out", "p50 s",
-                      "p95 s")
-        for (_, model), stats in sorted(client.metrics.items()):
-            yield form % (model, stats.requests, stats.answers, stats.retries, stats.prompt_tokens,
-                          stats.completion_tokens, "%.2f" % stats.latency(0.5),
-                          "%.2f" % stats.latency(0.95))
-            yield "  statuses: " + ", ".join("%s x %d" % (status or "none", stats.statuses[status])
-                                             for status in sorted(stats.statuses, key=str))
-        for code, (count, sample) in sorted(self.errors.items()):
-            yield "%d x %s, first %s" % (count, code, sample)
-        yield "%d answered, %d failed, %d kept, %.1f s" % (
-            self.answers, self.failures, self.kept, time.monotonic() - self.began)
+    def _progress(self, client: Client, now: float, width: int) -> str:
+        done, total = self.answers + self.failures, self.total
+        stats = client.metrics.values()
+        self.past.append((now, done))
+        while self.past[0][0] < now - 60.0:
+            self.past.popleft()
+        rate = (done - self.past[0][1]) / max(0.001, now - self.past[0][0])
+        left = (total - self.kept - done) / rate if total and rate else 0.0
+        chance = max([100 * one.chance // max(1, one.requests) for one in stats] or [0])
+        parts = [  # each with its rank: the highest gives way where there is no room
+            (0, "%d%s done" % (done + self.kept, "/%d" % total if total else "")),
+            (1, self.failures and "%d failed" % self.failures), (4, "%.1f/s" % rate),
+            (3, left and "%d:%02d:%02d left" % (
+                left // 3600, left // 60 % 60, left % 60)),
+            (5, ", ".join("limit %.3g/s" % one.rate if one.rate else
+                          "window %s" % one.window
+                          for one in stats if one.rate or one.window)),
+            (6, chance and "%d %% refused by chance" % chance),
+            (2, now < self.trouble_at + _FRESH and self.trouble)]
+        while len(parts) > 3 and len(", ".join(
+                words for _, words in parts if words)) >= width:
+            parts.remove(max(parts))
+        return ", ".join(words for _, words in parts if words)
+
+    def summary(self, client: Client, sink: Any, left: int) -> Iterator[str]:
+        stats = client.metrics.values()
+        yield str(client.metrics)
+        for code, (count, message, ids) in sorted(self.errors.items()):
+            if self.options.form == "rows":  # else they were told at once
+                yield textwrap.fill("%d x %s (%s%s): %s" % (
+                    count, code, ", ".join(ids), ", ..." * (count > len(ids)),
+                    message[:300]), 80, subsequent_indent="  ")
+        odd = [(sum(one.empty for one in stats), "without text"),
+               (sum(one.cut_off for one in stats), "cut off by a length limit")]
+        if any(number for number, _ in odd):
+            yield "of the answers: " + ", ".join(
+                "%d %s" % pair for pair in odd if pair[0])
+        if isinstance(sink, _Checkpoint):
+            yield "tokens: %d in this run, %d in all of %s" % (
+                self.tokens, sink.tokens, sink.path)
+        yield "%d answered, %d failed, %d kept, %d left, %.1f s" % (
+            self.answers, self.failures, self.kept, left, time.monotonic() - self.began)
 
 
 class _Job:
     """One run: rows in, results out.
 
-    A thread of its own reads the input, so that neither results nor signals wait for it. This one,
-    the main thread, does all the rest, and it alone writes.
+    The main thread alone reads, writes and decides; the client's threads only put what
+    happened into `events`.
     """
 
     def __init__(self, options: Any, stack: contextlib.ExitStack) -> None:
-        self.options, self.stack, self.tally = options, stack, _Tally(options)
-        self.events: Any = queue.Queue()  # what happened: the method for it, and its argument
-        self.calls: Dict[Future, _Row] = {}  # under way
-        self.places: Dict[str, int] = {}    # by id: above 0 where there is an answer already
-        self.files: Dict[str, int] = {}     # that are open, by what they are for
-        self.rows = self.signal = 0         # rows that were met
-        width = max(1, options.max_concurrency)
-        self.room = threading.Semaphore(2 * width)        # rows without an outcome
-        self.space = threading.Semaphore(_AHEAD * width)  # rows that are not written
-        self.reading, self.reason, self.until = False, "", math.inf  # why, and when it ends early
+        self.options, self.stack, self.screen = options, stack, _Screen(options)
+        self.events: Any = queue.Queue()  # what happened: its method, and the argument
+        self.calls: Dict[Future, Tuple[int, _Row]] = {}  # under way
+        self.files: Dict[str, int] = {}   # that are open, by what they are for
+        self.ids: Set[str] = set()
+        self.todo, self.models = bytearray(), []  # type: bytearray, List[str]  # by row
+        self.cursors = [0, 0, 0]          # where to look for the next row, by state
+        self.doubt = _Doubt()
+        self.signal = 0
+        self.reason, self.until = "", math.inf  # why, and when, it ends early
+        self.looked = 0.0
+        self.is_sending = self.is_reading = False
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if threading.current_thread() is threading.main_thread() and (
+                    signal.getsignal(number) is not signal.SIG_IGN):  # as under nohup
+                stack.callback(signal.signal, number,
+                               signal.signal(number, self._on_signal))
         self.client = Client(
-            api_key=options.key, base_url=options.base_url, timeout=options.timeout,
-            max_retries=options.retries, max_concurrency=options.max_concurrency,
+            api_key="none" if options.dry_run else None, base_url=options.base_url,
+            max_concurrency=options.max_concurrency, max_rate=options.max_rate,
+            max_retries=options.max_retries, timeout=options.timeout,
+            headers=options.header, ca_file=options.ca_file,
+            allow_http=options.allow_http,
             on_record=lambda record: self.events.put((self._log, record)))
         stack.callback(self.client.close)
-        self.source, self.known = self._input(options.input_file)
+        self.place = urllib.parse.urlsplit(self.client.base_url).netloc
+        self.input = self._input(options.input_file)
+        self.rows = self.input.scan(options.shard)
         self.sink = self._output(options.output_file or "-")
 
     def run(self) -> int:
-        """Returns the exit status. Raises ConfigurationError or OSError before anything is sent."""
-        options, lost = self.options, False
-        if options.dry_run:
+        """Returns the exit status. Raises Error or OSError before anything is sent."""
+        if self.options.dry_run:
             return int(self._survey() > 0)
-        if self.known:
+        if not self.input.is_pipe:
             self._survey()
-            self.tally.total = self.rows
-        self.joblog = options.joblog and self._open("job log", options.joblog, os.O_WRONLY)
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self.stack.callback(signal.signal, number, signal.signal(number, self._on_signal))
-        self.reading = True
-        threading.Thread(target=self._read, daemon=True).start()
+            self.screen.total = len(self.todo)
+        self.joblog = self.options.joblog and self._open(
+            "job log", self.options.joblog, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        lost, self.is_sending, self.is_reading = False, True, self.input.is_pipe
         try:
-            while self.calls or self.reading and not self.reason or not self.events.empty():
+            self.sink.begin()
+            while self._fill() or self.calls or not self.events.empty():
                 with contextlib.suppress(queue.Empty):
                     handle, what = self.events.get(timeout=_TICK)
                     handle(what)
                 self._look()
-            self.sink.close(self.rows)
-        except OSError as fault:  # nothing of what is still in flight could be written either
+            self.sink.close(len(self.todo))
+        except (OSError, ConfigurationError) as fault:  # no result can be written
+            if self.is_reading and not self.todo:
+                raise
             lost, self.reason = True, "the results cannot be written: %s" % fault
             if isinstance(fault, BrokenPipeError):
-                self.signal = _SIGPIPE  # as `head` leaves: quietly
+                self.signal = signal.SIGPIPE  # as `head` leaves: quietly
         return self._end(lost)
 
-    def _input(self, path: Optional[str]) -> Tuple[Any, bool]:
-        """The input's lines, and whether they are known beforehand: can be read twice."""
-        if path is None:  # JSON strings, as a prompt may have lines
-            return [json.dumps(prompt).encode() for prompt in self.options.prompts], True
-        # Not sys.stdin: a thread that waits for it would abort the interpreter's end.
-        source = open(sys.stdin.fileno() if path == "-" else path, "rb", closefd=path != "-")
-        known = os.path.isfile(source.fileno())
-        # A pipe that is still waited for cannot be closed.
-        self.stack.callback(lambda: source.close() if known or not self.reading else None)
-        self.files["input"] = source.fileno()
-        return source, known
+    def _on_signal(self, number: int, _: Any) -> None:
+        if not self.is_sending:
+            raise SystemExit(128 + number)
+        if self.signal:
+            os._exit(128 + number)  # the second one: no row waits to be written
+        self.signal = number
+
+    def _input(self, path: Optional[str]) -> _Input:
+        if path is None:
+            return _Input(-1, self.options.prompts)
+        return _Input(self._open("input", sys.stdin.fileno() if path == "-" else path,
+                                 os.O_RDONLY), [])
 
     def _output(self, path: str) -> Any:
-        array = self.options.array
+        form, mode = self.options.form, os.O_CREAT | os.O_APPEND
         if self.options.dry_run and not os.path.isfile(path):
-            return None
+            return _Stream(len, form)
         if path == "-":
             write = _stdout()
             with contextlib.suppress(OSError):  # a stream of Python's is no file
-                self._refuse_open(sys.stdout.fileno(), "stdout")
-            return _Stream(write, array)
-        if os.path.exists(path) and not os.path.isfile(path):  # a pipe or a device
-            fd = self._open("output", path, os.O_WRONLY)
-            return _Stream(lambda data: _write(fd, data), array)
-        fd = self._open("output", path, os.O_RDWR)
-        return _Checkpoint(fd, os.path.realpath(path), self.places)
+                self._open("stdout", sys.stdout.fileno(), 0)
+            return _Stream(write, form)
+        if os.path.isfile(path) or not os.path.exists(path):
+            return _Checkpoint(self._open("output", path, mode | os.O_RDWR),
+                               os.path.realpath(path), self.options.skip_failed)
+        fd = self._open("output", path, mode | os.O_WRONLY)  # a pipe or a device
+        return _Stream(lambda data: _write(fd, data), form)
 
-    def _open(self, role: str, path: str, mode: int) -> int:
-        self._refuse_open(path, path)
-        self.files[role] = fd = os.open(path, mode | os.O_CREAT | os.O_APPEND, 0o666)
-        self.stack.callback(os.close, fd)
-        return fd
-
-    def _refuse_open(self, file: Union[str, int], name: str) -> None:
-        for role, fd in self.files.items():
+    def _open(self, role: str, file: Union[int, str], mode: int) -> int:
+        """A descriptor for a file that has no other role."""
+        for other, fd in self.files.items():
             if os.path.isfile(file) and os.path.samefile(file, fd):
-                raise ConfigurationError("%s is the %s" % (name, role))
+                raise ConfigurationError("the %s is the %s" % (role, other))
+        if isinstance(file, str):
+            file = os.open(file, mode, 0o666)
+            self.stack.callback(os.close, file)
+        self.files[role] = file
+        return file
 
     def _survey(self) -> int:
-        """Go through the whole input before anything is sent. Returns how many rows are bad."""
-        models: Dict[str, int] = collections.Counter()
-        bad = 0
-        for row in _rows(self.source, self.options):
-            self._meet(row)
-            models[str(row.body.get("model"))] += 1
-            bad += row.problem is not None
+        """Read the whole input before anything is sent. Returns how many are bad."""
+        bad = size = 0
+        for n in self.rows:
+            if n is None:
+                time.sleep(_TICK)
+                continue
+            row = self._meet(n)
             if row.problem and self.options.dry_run:
                 _say("%s: %s" % (row.id, row.problem))
-            if self.tally.bar and self.rows % 10000 == 0:
-                _say("%d rows read" % self.rows, passing=True)
-        if isinstance(self.sink, _Checkpoint) and self.sink.found:
-            found = self.sink.found
-            raise ConfigurationError("%s is of another input: no row asks for %r, nor for %d more"
-                                     % (self.sink.path, min(found), len(found) - 1))
+            elif row.problem and row.problem.code == "invalid_input":
+                raise ConfigurationError("%s: %s" % (row.id, row.problem))
+            bad += row.problem is not None
+            size += len(json.dumps(row.body.get("messages", ""), ensure_ascii=False))
+            if self.screen.bar and n % 10000 == 9999:
+                _say("%d rows read" % (n + 1), "\x1b[K\r")
+        if self.sink.found:
+            raise ConfigurationError(
+                "%s is of another input: no row asks for %r, nor for %d more" % (
+                    self.sink.path, min(self.sink.found), len(self.sink.found) - 1))
         if self.options.dry_run:
-            _say("%d rows, %d bad; by model: %s" % (self.rows, bad, ", ".join(
-                "%s x %d" % pair for pair in models.items())))
-        elif not isinstance(self.source, list):
-            self.source.seek(0)
+            _say("%d rows, %d bad; by model: %s; %d answered already; %d characters" % (
+                len(self.todo), bad, ", ".join("%s x %d" % pair for pair in sorted(
+                    collections.Counter(self.models).items())), self.screen.kept, size))
         return bad
 
-    def _meet(self, row: _Row) -> None:
-        """Take note of a row of the input."""
-        self.rows = row.order + 1
-        if row.id in self.places:
-            raise ConfigurationError("line %d: the custom_id %r stands twice in the input"
-                                     % (row.line, row.id))
-        self.places[row.id] = self.sink.place(row) if isinstance(self.sink, _Checkpoint) else 0
-        self.tally.kept += self.places[row.id] > 0
+    def _meet(self, n: int) -> _Row:
+        """Take note of the next row."""
+        row = _row(self.input, n, self.options)
+        self.models.append(sys.intern(str(row.body.get("model"))))
+        self.todo.append(_NEW)
+        try:
+            self.todo[n] = self.sink.meet(row)
+            self.screen.kept += self.todo[n] == _DONE
+            if row.id in self.ids:
+                raise ConfigurationError("the custom_id %r stands twice" % row.id)
+        except ConfigurationError as problem:
+            problem.code = "invalid_input"
+            return row._replace(problem=problem)
+        self.ids.add(row.id)
+        return row
+
+    def _fill(self) -> bool:
+        """Ask rows while there is room. Returns whether a pipe may have more."""
+        try:
+            while not self.reason and len(self.calls) < self._width():
+                if self.is_reading:
+                    self._read()
+                n = self._next()
+                if n is None:
+                    break
+                self._ask(n, _row(self.input, n, self.options))
+        except (OSError, ConfigurationError) as fault:
+            if self.is_reading and not self.todo:
+                raise  # nothing was sent
+            self._stop("the input cannot be read on: %s" % fault)
+        return self.is_reading and not self.reason
+
+    def _width(self) -> int:
+        """The most rows under way: fewer where some failed before the first answer."""
+        width: int = self.options.max_concurrency
+        failed = sum(self.doubt.alike.values())
+        least = min(_ALIKE, width) if self.doubt.models else 1
+        return 2 * width if self.screen.answers else max(least, width - failed)
 
     def _read(self) -> None:
-        problem = ""
-        try:
-            for row in _rows(self.source, self.options):
-                self.room.acquire()
-                self.space.acquire()
-                self.events.put((self._ask, row))
-        except (OSError, ValueError) as fault:
-            problem = "the input cannot be read: %s" % fault
-        self.events.put((self._read_all, problem))
-
-    def _read_all(self, problem: str) -> None:
-        self.reading = False
-        self._stop(problem)
-
-    def _ask(self, row: _Row) -> None:
-        if self.reason:
-            return
-        try:
-            if not self.known:
-                self._meet(row)
-            if self.places[row.id] > 0:
-                self.room.release()
-                self.space.release()
+        """Take from a pipe what is there, as far as there is room for it."""
+        room = self.options.max_concurrency * (16 if self.doubt.models else 2)
+        while self.todo.count(_NEW) < room and (
+                len(self.todo) < self.sink.written + 8 * room):
+            n = next(self.rows, -1)
+            self.is_reading = n != -1
+            if n is None or n < 0:
                 return
+            row = self._meet(n)
+            if row.problem:
+                self._ask(n, row)
+
+    def _next(self) -> Optional[int]:
+        """The next row to ask: new ones before those that failed in an earlier run, and
+        of models in doubt only samples. None: none for now."""
+        doubt = self.doubt
+        sample = doubt.sample(self.todo, self.models)
+        if sample is not None:
+            return sample
+        for state in (_NEW, _FAILED):
+            n = self.todo.find(state, self.cursors[state])
+            while n >= 0 and self.models[n] in doubt.models:
+                if self.models[n] in doubt.gone:
+                    self.todo[n] = _DONE
+                    self.sink.put(n, None, None)
+                n = self.todo.find(state, n + 1)
+            self.cursors[state] = n if n >= 0 else len(self.todo)
+            if n >= 0:
+                ahead = n - self.sink.written
+                return n if ahead < _AHEAD * self.options.max_concurrency else None
+            if self.is_reading:
+                return None
+        return None
+
+    def _ask(self, n: int, row: _Row) -> None:
+        self.todo[n] = _DONE
+        self.input.lines.pop(n, None)
+        try:
             if row.problem is not None:
                 raise row.problem
-            call = self.client.submit(_prompt(row.body), tag=row.id)
-        except ConfigurationError as problem:
+            call = self.client.submit(row.body, tag=row.id)
+        except Error as problem:
             call = Future()
             call.set_exception(problem)
-        self.calls[call] = row
+        self.calls[call] = n, row
         call.add_done_callback(lambda call: self.events.put((self._finish, call)))
 
     def _finish(self, call: Future) -> None:
-        row = self.calls.pop(call)
+        n, row = self.calls.pop(call)
         outcome: Any = call.exception() or call.result()
+        if isinstance(outcome, Completion):
+            if self.doubt.dismiss(self.models[n]):
+                self.cursors = [0, 0, 0]  # the rows that were passed over are asked now
+        else:
+            if re.search(r"; come back at \d\d:\d\d$", str(outcome)):
+                self._stop(str(outcome))
+            self.doubt.count(n, self.models[n], outcome, self.screen.is_reached)
+            if len(self.doubt.gone) >= 3 and not self.screen.answers:
+                self._stop(self.doubt.gone[self.models[n]])
+        self.doubt.samples.discard(n)
         if self.reason and isinstance(outcome, Error) and (
                 outcome.retryable or outcome.code == "cancelled"):
             return  # left to the next run
-        self.room.release()
-        self._stop(self.tally.count(row, outcome))
-        for _ in range(self.sink.put(row, outcome)):
-            self.space.release()
+        self.screen.count(row, outcome)
+        self.sink.put(n, row, outcome)
 
     def _log(self, record: Record) -> None:
-        if self.joblog is not None:
+        self.screen.attempt(record, self.place)
+        if self.screen.tokens > (self.options.max_tokens_total or math.inf):
+            self._stop("%d tokens were used" % self.screen.tokens)
+        if self.joblog:
             try:
                 _write(self.joblog, json.dumps(record._asdict()).encode() + b"\n")
             except OSError as fault:  # no reason to lose answers
                 _say("cometlimit: the job log cannot be written: %s" % fault)
                 self.joblog = None
 
-    def _on_signal(self, number: int, _: Any) -> None:
-        if self.signal:
-            os._exit(128 + number)  # the second one: what was received is written already
-        self.signal = number
-
     def _stop(self, reason: str) -> None:
-        """If there is a reason, send nothing more. What is in flight has some seconds left."""
-        if reason and not self.reason:
+        """Send nothing more. What is in flight has some seconds left."""
+        if not self.reason:
             self.reason, self.until = reason, time.monotonic() + _GRACE
             self.client.stop()
+            self.screen.due = time.monotonic() + _TICK
 
     def _look(self) -> None:
         """Do what is due by the clock."""
-        now, tally = time.monotonic(), self.tally
+        now, screen = time.monotonic(), self.screen
         if self.signal:
             self._stop("signal %d" % self.signal)
-        if now - tally.began > self.options.deadline:
-            self._stop("its deadline has passed")
+        if screen.trouble and not screen.is_reached and now > screen.began + _UNREACHED:
+            self._stop("the server was never reached: " + screen.trouble)
         if now > self.until:
+            self.until = math.inf
             self.client.close()
-        if not self.options.quiet and now - tally.shown >= (_TICK if tally.bar else _PLAIN):
-            tally.shown = now
-            _say(tally.progress(self.client), tally.bar)
+        if now > self.looked + 1.0:
+            self.looked = now
+            self.sink.look()
+        screen.draw(self.client, self.reason and "stopping: %d in flight, %.0f s" % (
+            len(self.calls), min(_GRACE, max(0.0, self.until - now))))
 
     def _end(self, lost: bool) -> int:
         """Say what became of the run, and return its exit status."""
-        tally = self.tally
-        done = tally.kept + tally.answers + tally.failures
-        left = bool(self.reason) and (lost or done != tally.total)
-        if not self.options.quiet and self.signal != _SIGPIPE:
-            if tally.bar:
-                _say("", passing=True)
-            _say("\n".join(tally.summary(self.client)))
-            if left:
-                _say("stopped: %s" % self.reason)
-            if (left or tally.failures) and isinstance(self.sink, _Checkpoint):
-                _say("to go on: python3 " + " ".join(map(shlex.quote, sys.argv)))
-        return 128 + self.signal if self.signal else 3 if left else int(tally.failures > 0)
+        screen, gone = self.screen, list(self.doubt.gone.values())
+        left = len(self.todo) - screen.kept - screen.answers - screen.failures
+        if left and gone and len(gone) == len(set(self.models)):
+            self.reason = self.reason or gone[0]
+        is_early = bool(self.reason) and (lost or left > 0 or self.is_reading)
+        is_quiet = self.options.quiet or self.signal == signal.SIGPIPE
+        if screen.bar:
+            _say("", "\x1b[K\r")
+        if not is_quiet and (self.options.form == "rows" or screen.total != 1):
+            _say("\n".join(screen.summary(self.client, self.sink, left)))
+        for reason in [self.reason] if is_early else gone:
+            if self.signal != signal.SIGPIPE:
+                _say("cometlimit: stopped: " + _in_our_words(reason))
+        if not is_quiet and (is_early or left or screen.failures) and isinstance(
+                self.sink, _Checkpoint):
+            words = ["the", "same", "command"] if self.options.header else map(
+                shlex.quote, [sys.executable] + sys.argv)
+            _say("to go on: " + " ".join(words))
+        if self.signal:
+            return int(128 + self.signal)
+        is_lacking = left or screen.failures or self.sink.skipped
+        return 3 if is_early else 1 if is_lacking else 0
+
+
+class _Doubt:
+    """Whether failures are a row's own matter, or the model's, account's or server's.
+
+    A model is in doubt once five of its rows failed alike, no answer between, for a
+    reason that rows may share. Then only samples from all over the input are asked. When these
+    fail alike too, five or, if such failures may pass, fifty, its rows are left.
+    """
+
+    def __init__(self) -> None:
+        # By model, code, and whether it was a sample: failures since the last answer.
+        self.alike: Dict[Tuple[str, str, bool], int] = collections.Counter()
+        self.models: Set[str] = set()   # in doubt
+        self.samples: Set[int] = set()  # rows that are under way
+        self.gone: Dict[str, str] = {}  # models that were given up, and why
+        self.spot = 0
+
+    def count(self, n: int, model: str, error: Error, is_reached: bool) -> None:
+        if not (error.retryable or error.status_code in _SHARED
+                or isinstance(error, (APIConnectionError, APIResponseError))):
+            return
+        is_sample = n in self.samples
+        key = model, _code(error), is_sample
+        self.alike[key] += 1
+        if not is_sample and self.alike[key] >= _ALIKE:
+            self.models.add(model)
+        elif is_sample and self.alike[key] >= (
+                _PATIENCE if error.retryable and is_reached else _ALIKE):
+            self.gone[model] = "rows of %s fail alike: %s" % (model, error)
+
+    def dismiss(self, model: str) -> bool:
+        """An answer came. Returns whether the model was in doubt."""
+        for key in [key for key in self.alike if key[0] == model]:
+            del self.alike[key]
+        was_in_doubt = model in self.models
+        self.models.discard(model)
+        return was_in_doubt
+
+    def sample(self, todo: bytearray, models: List[str]) -> Optional[int]:
+        """A row, far from the last one, of a model in doubt; None: there are enough."""
+        for model in self.models - set(self.gone):
+            failed = sum(count for key, count in self.alike.items()
+                         if key[::2] == (model, True))
+            if len(self.samples) + failed % _ALIKE < _ALIKE:
+                self.spot = (self.spot + len(todo) * 61 // 99 + 1) % len(todo)
+                for n in itertools.chain(range(self.spot, len(todo)), range(self.spot)):
+                    if todo[n] and models[n] == model:
+                        self.samples.add(n)
+                        return n
+        return None
 
 
 def _demo(stack: contextlib.ExitStack) -> int:
     """A run against a rate-limited server in this process."""
     import socketserver
-    rate, prompts, lock, full = 8, 40, threading.Lock(), [0.0]  # when the bucket is full again
+    rate, prompts, lock = 8, 40, threading.Lock()
+    full = [0.0]  # when the bucket is full again
 
     class Handler(socketserver.StreamRequestHandler):
         def handle(self) -> None:
             while self.rfile.readline():
                 size = int(http.client.parse_headers(self.rfile)["content-length"])
-                asked = json.loads(self.rfile.read(size).decode())["messages"][0]["content"]
-                status, value = 429, {"error": {"message": "slow down"}}  # type: int, Any
+                self.rfile.read(size)
+                status, value = 429, {"error": {}}  # type: int, Any
                 with lock:
                     soonest = max(full[0], time.monotonic()) + 1 / rate
                     if soonest <= time.monotonic() + 1.0:
                         status, full[0] = 200, soonest
                 if status == 200:
                     time.sleep(0.3)
-                    value = {"choices": [{"message": {"content": "You said: " + asked}}],
+                    value = {"choices": [{"message": {"content": "Hello."}}],
                              "usage": {"prompt_tokens": 6, "completion_tokens": 8}}
                 body = json.dumps(value).encode()
                 self.wfile.write(b"HTTP/1.1 %d -\r\nContent-Length: %d\r\n\r\n%s" % (
@@ -2630,17 +2992,23 @@ def _demo(stack: contextlib.ExitStack) -> int:
     stack.callback(server.server_close)
     stack.callback(server.shutdown)
     threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-    print("%d prompts, 20 at once, to a server that allows %d requests a second" % (prompts, rate),
-          flush=True)
-    options = _options(["--demo", "-m", "demo-model", "-c", "20", "-o", os.devnull, "--base-url",
-                        "http://127.0.0.1:%d/v1" % server.server_address[1]]
-                       + ["Hello %d." % n for n in range(prompts)])
-    job = _Job(options, stack)
-    status = job.run()
-    for stats in job.client.metrics.values():
-        print("answered: %d, refused on the way: %d, lost: %d" % (
-            stats.answers, stats.statuses[429], prompts - stats.answers))
-    return status
+    print("%d prompts, 20 at once, to a server that allows %d requests a second" % (
+        prompts, rate), flush=True)
+    began = time.monotonic()
+    client = Client(api_key="none", model="demo-model", max_concurrency=20,
+                    base_url="http://127.0.0.1:%d/v1" % server.server_address[1])
+    stack.callback(client.close)
+    calls = [client.submit("Hello %d." % n) for n in range(prompts)]
+    while not all(call.done() for call in calls):
+        time.sleep(1.0)
+        for stats in client.metrics.values():
+            print("%.0f s  %d answered, %d refused%s" % (
+                time.monotonic() - began, stats.answers, stats.statuses[429],
+                "  limit %.3g/s" % stats.rate if stats.rate else ""), flush=True)
+    lost = sum(call.exception() is not None for call in calls)
+    print("%s\n%d answered, %d lost, %.1f s" % (
+        client.metrics, prompts - lost, lost, time.monotonic() - began))
+    return int(lost > 0)
 
 
 if __name__ == "__main__":
