@@ -1432,9 +1432,8 @@ _MAX_DEPTH = 200        # json recurses in C: a hostile answer could overrun a s
 _MAX_WISH = 31 * 86400  # seconds: whoever asks to wait longer means something else
 _TOO_LONG = "more than %d MiB" % (_MAX_ANSWER >> 20)
 _STREAM = re.compile("(data|event|id|retry)?:")  # how server-sent events begin
-_UNITS = {"ms": 0.001, "millisecond": 0.001, "s": 1.0, "sec": 1.0, "second": 1.0,
-          "m": 60.0, "min": 60.0, "minute": 60.0, "h": 3600.0, "hr": 3600.0,
-          "hour": 3600.0, "d": 86400.0, "day": 86400.0}
+_UNITS = {"ms": 0.001, "millisecond": 0.001, "s": 1, "sec": 1, "second": 1, "m": 60,
+          "min": 60, "minute": 60, "h": 3600, "hr": 3600, "hour": 3600, "day": 86400}
 _NUMBER = r"([0-9]{1,15}(?:\.[0-9]{1,15})?)"
 _SPAN = r"%s\s*(%s)s?(?![a-z])" % (_NUMBER, "|".join(_UNITS))
 # "Please try again in 7m12s", "wait 1 minute and 6 seconds", "retryDelay": "37s"
@@ -1448,7 +1447,6 @@ _IN_FIELDS = re.compile(
 
 
 class _Answer(NamedTuple):
-    """What came back for a request."""
     status: int
     headers: http.client.HTTPMessage
     body: bytes    # longer than _MAX_ANSWER: there is more, which was not read
@@ -1456,7 +1454,6 @@ class _Answer(NamedTuple):
 
 
 class _Verdict(NamedTuple):
-    """What an attempt came to."""
     outcome: Union[Completion, Error]
     tries: float = 1  # attempts in all that a call may make while it fails like this
     load: Optional[int] = None  # a refusal's status, where it says something about load
@@ -1480,8 +1477,7 @@ def _completion(data: Any, request_id: Optional[str]) -> Completion:
     choice, usage = data["choices"][0], data.get("usage")
     text, reason = choice["message"].get("content"), choice.get("finish_reason")
     if isinstance(text, list):  # of parts, as some gateways have it
-        text = "".join(str(part.get("text") or "") for part in text
-                       if isinstance(part, dict))
+        text = "".join(part.get("text") or "" for part in text)
     return Completion(
         text if isinstance(text, str) else "", str(data.get("model") or ""),
         reason if isinstance(reason, str) else None,
@@ -1516,8 +1512,8 @@ def _failure(answer: _Answer, text: str, missing: str, data: Any,
     if answer.status < 300:
         kind = APIResponseError
         if trouble is None:
-            load, (tries, form) = None, _no_answer(answer, text, missing, data, url)
-            said = hide(form) + said
+            load, (tries, what) = None, _no_answer(answer, text, missing, data, url)
+            said = hide(what) + said
     elif answer.status < 400:
         said = "a redirect, which is not followed: check the base URL"
     tries = {"true": math.inf, "false": 1}.get(
@@ -1533,17 +1529,19 @@ def _failure(answer: _Answer, text: str, missing: str, data: Any,
 
 def _no_answer(answer: _Answer, text: str, missing: str, data: Any,
                url: str) -> Tuple[float, str]:
-    """How often to try for a 2xx that holds neither answer nor error; what it is."""
-    page = text[:1] == "<" or "html" in answer.headers.get("content-type", "").lower()
-    return next((tries, words) for holds, tries, words in (
-        (missing == _TOO_LONG, 1, "an answer of %s: " % missing),
-        (not text, math.inf, ""),
-        (_STREAM.match(text), math.inf, "a stream without a finish_reason: "),
-        (isinstance(data, dict), 2, "an answer without choices: "),
-        (isinstance(data, str) and missing, math.inf, "cut off (%s): " % missing),
-        (page, 1, "a web page came from %s: check the base URL (is /v1 missing?): "
-         % url),
-        (True, 1, "")) if holds)
+    """How often to try for a 2xx with neither an answer nor an error; what it is."""
+    if missing == _TOO_LONG:
+        return 1, "an answer of %s: " % missing
+    if not text or _STREAM.match(text):
+        return math.inf, text and "a stream without a finish_reason: "
+    if isinstance(data, dict):
+        return 2, "an answer without choices: "
+    if isinstance(data, str) and missing:
+        return math.inf, "cut off (%s): " % missing
+    if text[0] == "<" or "html" in answer.headers.get("content-type", "").lower():
+        return 1, ("a web page came from %s: check the base URL (is /v1 missing?): "
+                   % url)
+    return 1, ""
 
 
 def _again(status: int, words: Dict[str, str]) -> Tuple[float, Optional[int]]:
@@ -1574,10 +1572,10 @@ def _is_too_large(message: str) -> bool:
     """Whether a request exceeds the limit itself: then it never passes."""
     found = re.search(r"(?i)limit\W{1,3}([0-9][0-9,.]{0,20}).{0,80}requested\W{1,3}"
                       r"([0-9][0-9,.]{0,20})", message)
-    if found:  # "Limit 10,000, Requested 44,975."
-        most, size = (int(re.sub(r"\D", "", number)) for number in found.groups())
-        return size > most
-    return bool(re.search("(?i)request too large|reduce the length", message))
+    if not found:  # with numbers such as "Limit 10,000, Requested 44,975."
+        return "request too large" in message.lower()
+    most, size = (int(re.sub(r"\D", "", number)) for number in found.groups())
+    return size > most
 
 
 def _words(value: Any) -> Dict[str, str]:
@@ -1588,10 +1586,8 @@ def _words(value: Any) -> Dict[str, str]:
         if isinstance(value, list) and value:
             value = value[0]
         if isinstance(value, str) and depth:  # else it is the whole body
-            inner = _loosely(value[value.find("{"):])
-            if not isinstance(inner, dict):
-                found.setdefault("message", value)
-            value = inner
+            found.setdefault("message", value)
+            value = _loosely(value[value.find("{"):])
         if not isinstance(value, dict):
             break
         for name, word in value.items():
@@ -1604,10 +1600,10 @@ def _words(value: Any) -> Dict[str, str]:
 
 def _request_id(answer: _Answer, message: str = "") -> str:
     """To quote to the provider. Chained gateways each add theirs: the last is ours."""
-    ids = map(answer.headers.get, ("x-request-id", "x-cometapi-request-id",
-                                   "x-oneapi-request-id", "request-id"))
-    return next(filter(None, ids), None) or "".join(
-        re.findall(r"\(request id: ([^)\s]{1,200})\)", message)[-1:])
+    ids = [answer.headers.get(name) for name in (
+        "x-request-id", "x-cometapi-request-id", "x-oneapi-request-id", "request-id")]
+    ids += re.findall(r"\(request id: ([^)\s]{1,200})\)", message)[-1:]
+    return next(filter(None, ids), "")
 
 
 def _wish(headers: http.client.HTTPMessage, said: str) -> float:
@@ -1697,19 +1693,18 @@ def _joined(parts: List[Any], name: str = "", pieces: bool = False) -> Any:
         return {field: _joined(values, field, pieces or field in ("delta", "logprobs"))
                 for field, values in fields.items() if field != "index" or not pieces}
     if kind is list and (pieces or name == "choices"):
-        return [_joined(group, "", pieces) for group in _groups(
-            itertools.chain.from_iterable(parts))]
+        return [_joined(group, "", pieces) for group in _groups(parts)]
     if kind is str and pieces:  # some send a call's name and id again with each part
         once = name in ("role", "id", "type", "name", "format")
         return "".join(dict.fromkeys(parts) if once else parts)
     return next(filter(None, reversed(parts)), parts[-1] if parts else None)
 
 
-def _groups(items: Iterable[Any]) -> Iterable[List[Any]]:
+def _groups(lists: List[List[Any]]) -> Iterable[List[Any]]:
     """Which items are parts of one: those of the same index, until another id comes."""
     groups: Dict[Any, List[Any]] = {}
     ids: Dict[str, str] = {}
-    for number, item in enumerate(items):
+    for number, item in enumerate(itertools.chain.from_iterable(lists)):
         group: Any = number
         if isinstance(item, dict) and {"index", "delta", "function"} & set(item):
             index = str(item.get("index", 0))
