@@ -1443,13 +1443,11 @@ _MINIMAX = {"1002": "429", "1004": "401", "1008": "402"}  # statuses as it codes
 _NAMES = {"code": "code", "status_code": "code", "type": "type", "param": "param",
           "message": "message", "msg": "message", "status_msg": "message"}
 _MAX_DEPTH = 200        # json recurses in C: a hostile answer could overrun a stack
-_MAX_LINES = 1 << 20    # of a stream: each costs time, even an empty one
 _MAX_WISH = 31 * 86400  # seconds: whoever asks to wait longer means something else
 _TOO_LONG = "more than %d MiB" % (_MAX_ANSWER >> 20)
 _STREAM = re.compile("(data|event|id|retry)?:")  # how server-sent events begin
-_UNITS = {"ms": 0.001, "millisecond": 0.001, "s": 1.0, "sec": 1.0, "second": 1.0,
-          "m": 60.0, "min": 60.0, "minute": 60.0, "h": 3600.0, "hr": 3600.0,
-          "hour": 3600.0, "d": 86400.0, "day": 86400.0}
+_UNITS = {"ms": 0.001, "millisecond": 0.001, "s": 1, "sec": 1, "second": 1, "m": 60,
+          "min": 60, "minute": 60, "h": 3600, "hr": 3600, "hour": 3600, "day": 86400}
 _NUMBER = r"([0-9]{1,15}(?:\.[0-9]{1,15})?)"
 _SPAN = r"%s\s*(%s)s?(?![a-z])" % (_NUMBER, "|".join(_UNITS))
 # "Please try again in 7m12s", "wait 1 minute and 6 seconds", "retryDelay": "37s"
@@ -1463,7 +1461,6 @@ _IN_FIELDS = re.compile(
 
 
 class _Answer(NamedTuple):
-    """What came back for a request."""
     status: int
     headers: http.client.HTTPMessage
     body: bytes    # longer than _MAX_ANSWER: there is more, which was not read
@@ -1471,7 +1468,6 @@ class _Answer(NamedTuple):
 
 
 class _Verdict(NamedTuple):
-    """What an attempt came to."""
     outcome: Union[Completion, Error]
     tries: float = 1  # attempts in all that a call may make while it fails like this
     load: Optional[int] = None  # a refusal's status, where it says something about load
@@ -1481,9 +1477,7 @@ def _understand(answer: _Answer, hide: Callable[[str], str], url: str,
                 streamed: bool = True) -> _Verdict:
     """The Completion that an answer holds, or the Error that it stands for.
 
-    What came whole is paid for, so it is read if it can be read. `hide` takes the key
-    out of the server's words; `url` is what was asked, `streamed` whether for a stream.
-    """
+    `hide` takes the key out of a text; `streamed` tells what was asked for."""
     text, missing = _text(answer)
     data = _value(text, streamed)
     if 200 <= answer.status < 300 and not _trouble(data):
@@ -1497,8 +1491,7 @@ def _completion(data: Any, request_id: Optional[str]) -> Completion:
     choice, usage = data["choices"][0], data.get("usage")
     text, reason = choice["message"].get("content"), choice.get("finish_reason")
     if isinstance(text, list):  # of parts, as some gateways have it
-        text = "".join(str(part.get("text") or "") for part in text
-                       if isinstance(part, dict))
+        text = "".join(part.get("text") or "" for part in text)
     return Completion(
         text if isinstance(text, str) else "", str(data.get("model") or ""),
         reason if isinstance(reason, str) else None,
@@ -1533,8 +1526,8 @@ def _failure(answer: _Answer, text: str, missing: str, data: Any,
     if answer.status < 300:
         kind = APIResponseError
         if trouble is None:
-            load, (tries, form) = None, _no_answer(answer, text, missing, data, url)
-            said = hide(form) + said
+            load, (tries, what) = None, _no_answer(answer, text, missing, data, url)
+            said = hide(what) + said
     elif answer.status < 400:
         said = "a redirect, which is not followed: check the base URL"
     tries = {"true": math.inf, "false": 1}.get(
@@ -1550,31 +1543,34 @@ def _failure(answer: _Answer, text: str, missing: str, data: Any,
 
 def _no_answer(answer: _Answer, text: str, missing: str, data: Any,
                url: str) -> Tuple[float, str]:
-    """How often to try for a 2xx that holds neither answer nor error; what it is."""
-    page = text[:1] == "<" or "html" in answer.headers.get("content-type", "").lower()
-    return next((tries, words) for holds, tries, words in (
-        (missing == _TOO_LONG, 1, "an answer of %s: " % missing),
-        (not text, math.inf, ""),
-        (_STREAM.match(text), math.inf, "a stream without a finish_reason: "),
-        (isinstance(data, dict), 2, "an answer without choices: "),
-        (isinstance(data, str) and missing, math.inf, "cut off (%s): " % missing),
-        (page, 1, "a web page came from %s: check the base URL (is /v1 missing?): "
-         % url),
-        (True, 1, "")) if holds)
+    """How often to try for a 2xx with neither an answer nor an error; what it is."""
+    if missing == _TOO_LONG:
+        return 1, "an answer of %s: " % missing
+    if not text or _STREAM.match(text):
+        return math.inf, text and "a stream without a finish_reason: "
+    if isinstance(data, dict):
+        return 2, "an answer without choices: "
+    if isinstance(data, str) and missing:
+        return math.inf, "cut off (%s): " % missing
+    if text[0] == "<" or "html" in answer.headers.get("content-type", "").lower():
+        return 1, ("a web page came from %s: check the base URL (is /v1 missing?): "
+                   % url)
+    return 1, ""
 
 
 def _again(status: int, words: Dict[str, str]) -> Tuple[float, Optional[int]]:
     """How many attempts a failure deserves, and the load that it shows."""
-    code, kind, param, message = (
-        words.get(name, "") for name in ("code", "type", "param", "message"))
-    own = param if code == "bad_response_status_code" else ""  # a gateway got this one
+    code, kind = words.get("code", ""), words.get("type", "")
+    # A gateway may put the status that it got itself into `param`.
+    own = words.get("param", "") if code == "bad_response_status_code" else ""
     if status < 300:
         own = _MINIMAX.get(code, own or code)
         status = 429 if re.search("(?i)rate_?limit|too_?many_?req", code + kind) else 0
     if re.match("[1-5][0-9][0-9]$", own):
         status = int(own)
-    if ({code.lower(), kind.lower()} & (_NO_MODEL if status == 429 else PERMANENT)
-            or _speaks_of_money(code, kind) or status == 429 and _is_too_large(message)):
+    lasting = _NO_MODEL if status == 429 else PERMANENT
+    if ({code.lower(), kind.lower()} & lasting or _speaks_of_money(code, kind)
+            or status == 429 and _is_too_large(words.get("message", ""))):
         return 1, None
     if status in (0, 408):  # 408 says that one request was slow
         return math.inf, None
@@ -1590,10 +1586,10 @@ def _is_too_large(message: str) -> bool:
     """Whether a request exceeds the limit itself: then it never passes."""
     found = re.search(r"(?i)limit\W{1,3}([0-9][0-9,.]{0,20}).{0,80}requested\W{1,3}"
                       r"([0-9][0-9,.]{0,20})", message)
-    if found:  # "Limit 10,000, Requested 44,975."
-        most, size = (int(re.sub(r"\D", "", number)) for number in found.groups())
-        return size > most
-    return bool(re.search("(?i)request too large|reduce the length", message))
+    if not found:  # with numbers such as "Limit 10,000, Requested 44,975."
+        return "request too large" in message.lower()
+    most, size = (int(re.sub(r"\D", "", number)) for number in found.groups())
+    return size > most
 
 
 def _words(value: Any) -> Dict[str, str]:
@@ -1604,12 +1600,8 @@ def _words(value: Any) -> Dict[str, str]:
         if isinstance(value, list) and value:
             value = value[0]
         if isinstance(value, str) and depth:  # else it is the whole body
-            inner = _loosely(value[value.find("{"):])
-            if not isinstance(inner, dict):
-                found.setdefault("message", value)
-                if re.match("[a-z]+(_[a-z]+)+$", value):
-                    found.setdefault("code", value)
-            value = inner
+            found.setdefault("message", value)
+            value = _loosely(value[value.find("{"):])
         if not isinstance(value, dict):
             break
         for name, word in value.items():
@@ -1622,17 +1614,15 @@ def _words(value: Any) -> Dict[str, str]:
 
 def _request_id(answer: _Answer, message: str = "") -> str:
     """To quote to the provider. Chained gateways each add theirs: the last is ours."""
-    ids = map(answer.headers.get, ("x-request-id", "x-cometapi-request-id",
-                                   "x-oneapi-request-id", "request-id"))
-    return next(filter(None, ids), None) or "".join(
-        re.findall(r"\(request id: ([^)\s]{1,200})\)", message)[-1:])
+    ids = [answer.headers.get(name) for name in (
+        "x-request-id", "x-cometapi-request-id", "x-oneapi-request-id", "request-id")]
+    ids += re.findall(r"\(request id: ([^)\s]{1,200})\)", message)[-1:]
+    return next(filter(None, ids), "")
 
 
 def _wish(headers: http.client.HTTPMessage, said: str) -> float:
     """The seconds that a server asks to wait, the longest of several; 0.0 for none.
-
-    Gateways drop headers but hand bodies on: the error's words count as much.
-    """
+    Gateways drop headers but hand bodies on: the error's words count as much."""
     now = _timestamp(headers.get("date", "")) or _wall()  # ours may differ
     asked = [pair for pair in headers.items() if "retry-after" in pair[0].lower()]
     said = "".join("%s: %s; " % pair for pair in asked) + said
@@ -1673,45 +1663,36 @@ def _text(answer: _Answer) -> Tuple[str, str]:
 
 
 def _value(text: str, streamed: bool) -> Any:
-    """The value of a body that is JSON or a stream of it; other text as it stands.
-
-    A stream that breaks off may say [DONE] all the same, so only a finish_reason proves
-    its end. One that nobody asked for would come again: there [DONE] has to do.
-    """
+    """The value of a body that is JSON or a stream of it; other text as it stands."""
     if not _STREAM.match(text):
         data = _loosely(text)
         return data[0] if isinstance(data, list) and len(data) == 1 else data
     data = _joined(list(_events(text))) or {}
-    choices = data.get("choices")
-    data["object"], data["choices"] = "chat.completion", [
-        choice for choice in (choices if isinstance(choices, list) else ())
-        if isinstance(choice, dict)]
-    data["choices"].sort(key=lambda choice: str(choice.get("index")).zfill(9))
-    for choice in data["choices"]:
-        delta = choice.pop("delta", None)
-        if isinstance(delta, dict):
-            choice.setdefault("message", dict({"content": None}, **delta))
-    whole = not streamed and text.endswith("[DONE]") or all(
-        choice.get("finish_reason") for choice in data["choices"])
-    return data if whole or _trouble(data) else text
+    with contextlib.suppress(TypeError, AttributeError):  # where it is none of chunks
+        data["choices"] = sorted(data.get("choices") or (), key=lambda choice: str(
+            choice.get("index")).zfill(9))
+        for choice in data["choices"]:
+            delta = dict({"content": None}, **choice.pop("delta", {}))
+            choice.setdefault("message", delta)
+        # A stream that breaks off may say [DONE] all the same: only a finish_reason
+        # proves its end. One that nobody asked for would come again without it, too.
+        if not streamed and text.endswith("[DONE]") or all(
+                choice.get("finish_reason") for choice in data["choices"]):
+            return dict(data, object="chat.completion")
+    return data if _trouble(data) else text
 
 
 def _events(text: str) -> Iterator[Dict[str, Any]]:
     """The objects that a stream sends, up to where it breaks off."""
-    kind = ""
-    for found in itertools.islice(re.finditer("[^\r\n]+", text), _MAX_LINES):
-        name, _, line = found.group().partition(":")
-        value = _loosely(line.strip())
-        if name == "event":
-            kind = line.strip()
-        elif name == "data" and isinstance(value, str) and value.startswith("{"):
+    found = re.finditer("(?m)^(event: ?error\n+)?data:(.*)", text.replace("\r", "\n"))
+    for event in itertools.islice(found, 1 << 20):  # even an empty one costs time
+        value = _loosely(event.group(2).strip())
+        if event.group(1) and not (isinstance(value, dict) and value.get("error")):
+            value = {"error": value}
+        if isinstance(value, dict):
+            yield value
+        elif str(value).startswith("{"):
             return  # what follows would leave a hole
-        elif name == "data":
-            if kind == "error" and not (isinstance(value, dict) and value.get("error")):
-                value = {"error": value}
-            if isinstance(value, dict):
-                yield value
-            kind = ""
 
 
 def _joined(parts: List[Any], name: str = "", pieces: bool = False) -> Any:
@@ -1726,19 +1707,18 @@ def _joined(parts: List[Any], name: str = "", pieces: bool = False) -> Any:
         return {field: _joined(values, field, pieces or field in ("delta", "logprobs"))
                 for field, values in fields.items() if field != "index" or not pieces}
     if kind is list and (pieces or name == "choices"):
-        items = itertools.chain.from_iterable(parts)
-        return [_joined(group, "", pieces) for group in _groups(items)]
+        return [_joined(group, "", pieces) for group in _groups(parts)]
     if kind is str and pieces:  # some send a call's name and id again with each part
         once = name in ("role", "id", "type", "name", "format")
         return "".join(dict.fromkeys(parts) if once else parts)
     return next(filter(None, reversed(parts)), parts[-1] if parts else None)
 
 
-def _groups(items: Iterable[Any]) -> Iterable[List[Any]]:
+def _groups(lists: List[List[Any]]) -> Iterable[List[Any]]:
     """Which items are parts of one: those of the same index, until another id comes."""
     groups: Dict[Any, List[Any]] = {}
     ids: Dict[str, str] = {}
-    for number, item in enumerate(items):
+    for number, item in enumerate(itertools.chain.from_iterable(lists)):
         group: Any = number
         if isinstance(item, dict) and {"index", "delta", "function"} & set(item):
             index = str(item.get("index", 0))
@@ -1767,10 +1747,9 @@ def _loosely(text: str) -> Any:
 
 
 def _number(digits: str) -> Any:
-    value = float(digits)  # at once, where int() of a million digits takes minutes
-    if not abs(value) < math.inf:
+    if abs(float(digits)) == math.inf:  # first, as int() of a million digits is slow
         raise ValueError("%.20s is beyond all bounds" % digits)
-    return int(digits) if digits.lstrip("-").isdigit() else value
+    return int(digits) if digits.lstrip("-").isdigit() else float(digits)
 
 
 _decode = json.JSONDecoder(parse_float=_number, parse_int=_number,
