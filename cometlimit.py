@@ -2518,8 +2518,8 @@ class _Checkpoint:
         response, error = result["response"], result.get("error")
         response = response if isinstance(response, dict) else {}
         status, body = response.get("status_code"), response.get("body")
-        is_good = error is None and body and not body.get("error")
-        if is_good and status in range(200, 300):
+        is_good = error is None and status in range(200, 300)
+        if is_good and isinstance(body, dict) and body and not body.get("error"):
             found = re.match("batch_req_[0-9a-f]{16}(?:_([0-9a-f]{16}))?$",
                              str(result.get("id")))
             # Rows of other programs have no mark; version 1.0 made marks that fit none.
@@ -2953,7 +2953,8 @@ class _Job:
 
     def _log(self, record: Record) -> None:
         self.screen.attempt(record, self.place)
-        if self.screen.tokens > (self.options.max_tokens_total or math.inf):
+        most = self.options.max_tokens_total
+        if most is not None and self.screen.tokens > most:
             self._stop("%d tokens were used" % self.screen.tokens)
         if self.joblog:
             try:
@@ -2973,7 +2974,7 @@ class _Job:
         """Do what is due by the clock."""
         now, screen = time.monotonic(), self.screen
         if self.signal:
-            self._stop("signal %d" % self.signal)
+            self._stop(signal.Signals(self.signal).name)
         if screen.trouble and not screen.is_reached and now > screen.began + _UNREACHED:
             self._stop("the server was never reached: " + screen.trouble)
         if now > self.until:
@@ -3015,8 +3016,8 @@ class _Doubt:
     """Whether failures are a row's own matter, or the model's, account's or server's.
 
     A model is in doubt once five of its rows failed alike, no answer between, for a
-    reason that rows may share. Then only samples from all over the input are asked. When these
-    fail alike too, five or, if such failures may pass, fifty, its rows are left.
+    reason that rows may share. Then only samples from all over the input are asked. When
+    these fail alike too, five or, if such failures may pass, fifty, its rows are left.
     """
 
     def __init__(self) -> None:

@@ -2155,8 +2155,8 @@ class AnAccident(CommandLine):
 class ASignal(CommandLine):
 
     def test_lets_what_is_in_flight_come_back(self):
-        """Nothing more is sent, not even again; what was sent is written; 130 or 143."""
-        for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+        """Nothing more is sent, not even again; what was sent is written; 128 + N."""
+        for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)):
             def late(request):
                 server.await_requests(2)
                 time.sleep(0.3)
@@ -2199,16 +2199,43 @@ class ASignal(CommandLine):
             process.send_signal(signal.SIGINT)
             process.wait(TIMEOUT)  # stdin is closed later
             self.finish(process, 130)
-        cases = [("fifo1",), ("fifo2", "--dry-run")]
+        cases = [("fifo1",), ("fifo2", "--dry-run"), ("fifo3", "--shard", "1/1")]
         for name, *_ in cases:
             os.mkfifo(name)
         cases = [(name, self.start("-i", name, *argv)) for name, *argv in cases]
         for name, process in cases:
             with open(name, "wb"):  # which waits for its reader
                 time.sleep(0.1)
-                process.send_signal(signal.SIGINT)
+                process.send_signal(signal.SIGTERM if name == "fifo2" else signal.SIGINT)
                 process.wait(5)
-            self.finish(process, 130)
+            self.finish(process, 143 if name == "fifo2" else 130)
+
+    def test_is_ignored_where_it_was(self):
+        """As under nohup, or behind an & of a shell: it ends nothing."""
+        ignoring = ("import os, signal, sys\nfor n in (1, 2): signal.signal(n, signal.SIG_IGN)\n"
+                    "os.execv(sys.argv[1], sys.argv[1:])")
+        self.write("in", rows(2))
+        with self.serve(forever=lambda request: time.sleep(0.3) or reply_echo(request)) as server:
+            process = self.start("-i", "in", "-o", "out", wrap=(sys.executable, "-c", ignoring))
+            server.await_requests(1)
+            process.send_signal(signal.SIGHUP)
+            process.send_signal(signal.SIGINT)
+            self.finish(process, 0)
+
+    def test_leaves_a_few_seconds_to_what_is_in_flight(self):
+        """What has not come back by then is given up, and left to the next run."""
+        self.write("in", rows(3))
+        with self.serve(forever=lambda request: (
+                reply_echo(request) if request.prompt == "p0" else stall())) as server:
+            kill = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM))
+            kill.start()
+            with unittest.mock.patch.object(cometlimit, "_GRACE", 0.4):
+                began = time.monotonic()
+                self.cli("-i", "in", "-o", "out", expect=143)
+            self.assertTrue(0.6 < time.monotonic() - began < 3.0)
+            kill.join()
+        self.assertEqual(self.answers(), [("r0", "p0")])
+        self.assertIn("stopped: SIGTERM", self.err)
 
 
 class AStop(CommandLine):
