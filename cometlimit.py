@@ -2126,19 +2126,11 @@ def _options(argv: Optional[List[str]]) -> Any:
         options.prompts, options.input_file = [], "-"
     by_hand = options.input_file in (None, "-") and not options.output_file
     options.form = "text" if options.text else "array" if by_hand else "rows"
-    files = options.input_file, options.output_file, options.joblog
-    for wrong, words in (
-            # Without values: one of them may be a key.
-            (unknown, "unknown: " + " ".join(word.split("=")[0] for word in unknown)),
-            (options.prompts and files[0], "give either prompts or -i"),
-            (files[0] == "-" and (sys.stdin is None or sys.stdin.isatty()),
-             "nothing to ask: give prompts, -i FILE or lines on stdin"),
-            (by_hand and not (options.model or options.demo) or options.model == "",
-             "name a model: -m MODEL"),
-            (options.text and files[1], "--text goes to stdout, not to -o"),
-            ("" in files, "-i, -o and --joblog take the name of a file")):
-        if wrong:
-            parser.error(words)
+    misuse = _misuse(options, by_hand)
+    if unknown:  # without values: one of them may be a key
+        misuse = "unknown: " + " ".join(word.split("=")[0] for word in unknown)
+    if misuse:
+        parser.error(misuse)
     try:
         options.system = options.system and _or_file(options.system)
         options.param = {name: _json_or_word(_or_file(text)) for name, text in (
@@ -2155,13 +2147,26 @@ def _options(argv: Optional[List[str]]) -> Any:
     return options
 
 
+def _misuse(options: Any, by_hand: bool) -> str:
+    files = options.input_file, options.output_file, options.joblog
+    has_model = options.model or options.demo
+    return next((words for wrong, words in (
+        (options.prompts and files[0], "give either prompts or -i"),
+        (files[0] == "-" and (sys.stdin is None or sys.stdin.isatty()),
+         "nothing to ask: give prompts, -i FILE or lines on stdin"),
+        (by_hand and not has_model or options.model == "", "name a model: -m MODEL"),
+        (options.text and files[1], "--text goes to stdout, not to -o"),
+        ("" in files, "-i, -o and --joblog take the name of a file")) if wrong), "")
+
+
 def _parser() -> Any:
     import argparse  # here, as the library's start is not to wait for it
     parser = argparse.ArgumentParser(
-        prog="cometlimit", description=(__doc__ or "").split("\n")[0], epilog=_EPILOG,
-        usage="cometlimit -m MODEL [PROMPT ... | -i FILE] [-o FILE] ... (more: --help)",
-        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+        "cometlimit", "cometlimit -m MODEL [PROMPT ... | -i FILE] [-o FILE] [--help]",
+        (__doc__ or "").split("\n")[0], _EPILOG, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
+    many: Dict[str, Any] = {"action": "append", "default": [], "type": _utf8}
     add("prompts", nargs="*", type=_utf8, metavar="PROMPT", help="or -: lines on stdin")
     add("-m", "--model", type=_utf8, help="for rows that name none")
     add("-i", "--input-file", metavar="FILE", help="rows to ask; - is stdin")
@@ -2170,7 +2175,7 @@ def _parser() -> Any:
     add("--max-rate", type=float, metavar="N", help="most requests a second")
     add("--max-retries", type=int, default=4, metavar="N", help="for each row (4)")
     add("--timeout", type=float, default=600.0, metavar="SEC", help="of one try (600)")
-    add("--param", action="append", default=[], type=_utf8, metavar="NAME=JSON")
+    add("--param", metavar="NAME=JSON", help="a field of each body", **many)
     add("--system", type=_utf8, metavar="TEXT", help="a system message for each prompt")
     add("--text", action="store_true", help="answers as bare text")
     add("--shard", default="1/1", metavar="I/N", help="of every N rows the I-th")
@@ -2179,7 +2184,7 @@ def _parser() -> Any:
     add("--skip-failed", action="store_true", help="leave rows that failed for good")
     add("--dry-run", action="store_true", help="check the input, send nothing")
     add("--base-url", metavar="URL", help="else COMETAPI_BASE_URL, else CometAPI's")
-    add("--header", action="append", default=[], type=_utf8, metavar="'NAME: VALUE'")
+    add("--header", metavar="'NAME: VALUE'", help="of each request", **many)
     add("--allow-http", action="store_true", help="http to any host: it shows the key")
     add("--ca-file", metavar="FILE", help="further certificates to trust (PEM)")
     add("-q", "--quiet", action="store_true", help="no progress, no summary")
@@ -2864,7 +2869,8 @@ class _Job:
     def _fill(self) -> bool:
         """Ask rows while there is room. Returns whether a pipe may have more."""
         try:
-            while not self.reason and len(self.calls) < self._width():
+            while not self.reason and len(self.calls) < self.doubt.width(
+                    self.options.max_concurrency, self.screen.answers > 0):
                 if self.is_reading:
                     self._read()
                 n = self._next()
@@ -2876,13 +2882,6 @@ class _Job:
                 raise  # nothing was sent
             self._stop("the input cannot be read on: %s" % fault)
         return self.is_reading and not self.reason
-
-    def _width(self) -> int:
-        """The most rows under way: fewer where some failed before the first answer."""
-        width: int = self.options.max_concurrency
-        failed = sum(self.doubt.alike.values())
-        least = min(_ALIKE, width) if self.doubt.models else 1
-        return 2 * width if self.screen.answers else max(least, width - failed)
 
     def _read(self) -> None:
         """Take from a pipe what is there, as far as there is room for it."""
@@ -3016,8 +3015,8 @@ class _Doubt:
     """Whether failures are a row's own matter, or the model's, account's or server's.
 
     A model is in doubt once five of its rows failed alike, no answer between, for a
-    reason that rows may share. Then only samples from all over the input are asked. When
-    these fail alike too, five or, if such failures may pass, fifty, its rows are left.
+    reason that rows may share. Then only samples from all over the input are asked.
+    When these fail alike too, five or, if such failures may pass, fifty, its rows are left.
     """
 
     def __init__(self) -> None:
@@ -3049,6 +3048,11 @@ class _Doubt:
         self.models.discard(model)
         return was_in_doubt
 
+    def width(self, most: int, is_answered: bool) -> int:
+        """The most rows under way: fewer where some failed before the first answer."""
+        least = min(_ALIKE, most) if self.models else 1
+        return 2 * most if is_answered else max(least, most - sum(self.alike.values()))
+
     def sample(self, todo: bytearray, models: List[str]) -> Optional[int]:
         """A row, far from the last one, of a model in doubt; None: there are enough."""
         for model in self.models - set(self.gone):
@@ -3064,36 +3068,14 @@ class _Doubt:
 
 
 def _demo(stack: contextlib.ExitStack) -> int:
-    """A run against a rate-limited server in this process."""
-    import socketserver
-    rate, prompts, lock = 8, 40, threading.Lock()
-    full = [0.0]  # when the bucket is full again
-
-    class Handler(socketserver.StreamRequestHandler):
-        def handle(self) -> None:
-            while self.rfile.readline():
-                size = int(http.client.parse_headers(self.rfile)["content-length"])
-                self.rfile.read(size)
-                status, value = 429, {"error": {}}  # type: int, Any
-                with lock:
-                    soonest = max(full[0], time.monotonic()) + 1 / rate
-                    if soonest <= time.monotonic() + 1.0:
-                        status, full[0] = 200, soonest
-                if status == 200:
-                    time.sleep(0.3)
-                    value = {"choices": [{"message": {"content": "Hello."}}],
-                             "usage": {"prompt_tokens": 6, "completion_tokens": 8}}
-                body = json.dumps(value).encode()
-                self.wfile.write(b"HTTP/1.1 %d -\r\nContent-Length: %d\r\n\r\n%s" % (
-                    status, len(body), body))
-
-    server = socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler)
+    """Prompts to a rate-limited server in this process: a line a second, and the sum."""
+    rate, prompts, began = 8, 40, time.monotonic()
+    server = _demo_server(rate)
     stack.callback(server.server_close)
     stack.callback(server.shutdown)
     threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
     print("%d prompts, 20 at once, to a server that allows %d requests a second" % (
         prompts, rate), flush=True)
-    began = time.monotonic()
     client = Client(api_key="none", model="demo-model", max_concurrency=20,
                     base_url="http://127.0.0.1:%d/v1" % server.server_address[1])
     stack.callback(client.close)
@@ -3108,6 +3090,29 @@ def _demo(stack: contextlib.ExitStack) -> int:
     print("%s\n%d answered, %d lost, %.1f s" % (
         client.metrics, prompts - lost, lost, time.monotonic() - began))
     return int(lost > 0)
+
+
+def _demo_server(rate: int) -> Any:
+    import socketserver
+    lock, full = threading.Lock(), [0.0]  # when the bucket is full again
+
+    class Handler(socketserver.StreamRequestHandler):
+        def handle(self) -> None:
+            while self.rfile.readline():
+                head = http.client.parse_headers(self.rfile)
+                self.rfile.read(int(head["content-length"]))
+                with lock:
+                    soonest = max(full[0], time.monotonic()) + 1 / rate
+                    is_allowed = soonest <= time.monotonic() + 1.0
+                    full[0] = soonest if is_allowed else full[0]
+                time.sleep(0.3 * is_allowed)
+                body = json.dumps({
+                    "choices": [{"message": {"content": "Hello."}}],
+                    "usage": {"prompt_tokens": 6, "completion_tokens": 8}}).encode()
+                self.wfile.write(b"HTTP/1.1 %d -\r\nContent-Length: %d\r\n\r\n%s" % (
+                    200 if is_allowed else 429, len(body), body))
+
+    return socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler)
 
 
 if __name__ == "__main__":
