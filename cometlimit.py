@@ -58,7 +58,7 @@ import time
 import urllib.parse
 import urllib.request
 import zlib
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from concurrent.futures.thread import ThreadPoolExecutor  # now, while there are files
 from typing import (Any, Callable, Deque, Dict, Iterable, Iterator, List, NamedTuple,
                     Optional, Set, Tuple, Type, Union)
@@ -77,6 +77,7 @@ __version__ = "2.0.0"
 BASE_URL = "https://api.cometapi.com/v1"
 
 _AHEAD = 16             # outcomes per place in flight that map() holds for a slow one
+_LISTEN = 0.25          # seconds after which the main thread sees any signal
 _CLOSING = 0.5          # seconds that close() waits for requests to be hung up on
 _CONNECT = 15.0         # seconds: who has not answered a fourth SYN will not answer
 _AFTER_DONE = 1.0       # seconds that a stream may go on after it has said [DONE]
@@ -247,7 +248,7 @@ class Client:
         self._pool.refuse_own_thread()
         future = self.submit(prompt, **params)
         try:
-            done: Completion = future.result()
+            done: Completion = _ended(future).result()
             return done
         finally:
             future.cancel()  # after Ctrl-C: nobody waits for it any more
@@ -277,7 +278,8 @@ class Client:
             for future in self._futures(prompts, params):
                 ahead.append(future)
                 future.add_done_callback(lambda _: room.release())
-                room.acquire()
+                while not room.acquire(timeout=_LISTEN):
+                    pass
                 yield from _outcomes(ahead, most, return_exceptions)
             yield from _outcomes(ahead, 1, return_exceptions)
         finally:
@@ -359,11 +361,19 @@ def _outcomes(ahead: "Deque[Future]", most: int,
               return_exceptions: bool) -> Iterator[Any]:
     """The first outcomes, as far as they are there; waits while `most` are ahead."""
     while ahead and (ahead[0].done() or len(ahead) >= most):
-        error = ahead[0].exception()
+        error = _ended(ahead[0]).exception()
         if error is not None and not (return_exceptions and isinstance(error, Error)):
             raise error
         yield error or ahead[0].result()
         ahead.popleft()
+
+
+def _ended(future: Future) -> Future:
+    """The future, once it has ended. Ctrl-C does not wake the main thread if the system
+    hands the signal to another thread, or does it just before the wait."""
+    while not future.done():
+        wait([future], _LISTEN)
+    return future
 
 
 # The loop
@@ -602,6 +612,7 @@ class _Pool:
             for call in calls:
                 if call in self.calls and not call.given_up:
                     call.given_up = why
+                    self.gate.strike_off(call)
                     call.changed.notify()
                     if call.ticket is not None and call.request is not None:
                         call.request.hang_up()
@@ -616,7 +627,7 @@ class _Pool:
         """Wait until every call has its outcome and its callbacks have run."""
         with self.lock:
             while self.calls:
-                self.ended.wait()
+                self.ended.wait(_LISTEN)
 
     def close(self) -> None:
         self.stop("the client was closed")
@@ -679,20 +690,24 @@ class _Gate:
 
     def turn(self, call: _Call) -> bool:
         """Wait until the call may be sent; False when it may not be any more."""
-        waiting, entry = call.model.waiting, (call.place, call)
         with self.lock:
             self.entered = max(self.entered, call.place[0])
-            bisect.insort(waiting, entry)
+            bisect.insort(call.model.waiting, (call.place, call))
             while call.ticket is None and not call.given_up and _now() < call.expires:
                 due = self._admit()
                 if call.ticket is None:
                     self._await(call, due)
             if call.ticket is None:
-                waiting.remove(entry)
+                self.strike_off(call)
             if self.watcher is call:
                 self.watcher, self.wakes_at = None, math.inf
                 self._look()
             return call.ticket is not None
+
+    def strike_off(self, call: _Call) -> None:
+        """Whoever is given up must not get a turn before it has gone."""
+        with contextlib.suppress(ValueError):
+            call.model.waiting.remove((call.place, call))
 
     def leave(self, call: _Call) -> None:
         """Its attempt has ended. If it comes again it follows those that wait now."""
@@ -1095,7 +1110,8 @@ def _read(response: http.client.HTTPResponse, request: _Request) -> bytes:
             body += piece
             if len(body) > (_MAX_ANSWER if good else _MAX_ERROR):
                 break
-            if body[-20:].rstrip().endswith(b"data: [DONE]"):
+            # No line of JSON begins so; what follows may have come in the same piece.
+            if re.search(rb"[\r\n]data: ?\[DONE\]", body[-len(piece) - 16:]):
                 request.expires = min(request.expires, _now() + _AFTER_DONE)
         else:
             if response.length:  # read(n) does not tell: python/cpython#115997
@@ -1171,8 +1187,10 @@ class _Connection(io.RawIOBase):
         """Send a request, and read the head of its answer."""
         self.request, self.heard, request.connection = request, 0, self
         try:
+            self._refuse_cut()  # hang_up() could not find this, nor end its look-up
             if not self.stands:
                 self._connect()
+            self._refuse_cut()
             refused_early = not self._send(request)
             response = http.client.HTTPResponse(self.reader, method="POST")
             response.begin()
@@ -1265,10 +1283,9 @@ class _Connection(io.RawIOBase):
                 do_handshake_on_connect=False)
             self.sock.do_handshake()
         self.stands = True
-        self._refuse_cut()
 
     def _refuse_cut(self) -> None:
-        if self.request.cut:  # between two sockets, so that nothing could be shut down
+        if self.request.cut:  # without a socket in use, so that none was shut down
             raise ConnectionAbortedError("hung up")
 
     def _dial(self, host: str, port: int) -> None:
@@ -1403,36 +1420,32 @@ PERMANENT = MONEY | _NO_MODEL | frozenset("""
     access_denied access_terminated authentication_error content_filter
     content_policy_violation context_length_exceeded convert_request_failed
     count_token_failed gen_relay_info_failed invalid_api_key invalid_request
-    invalid_request_error missing_required_parameter model_price_error
-    permission_denied permission_error prompt_blocked
-    sensitive_words_detected""".split())
-# The statuses that codes of MiniMax's base_resp stand for; its other codes may pass.
-_MINIMAX = {"1002": 429, "1039": 429, "1004": 401, "2049": 401, "1008": 402,
-            "1026": 400, "1027": 400, "2013": 400}
-_SUCCESS = ("", "0", "200", "none", "ok", "success")  # codes that tell of no failure
-# CometAPI documents 429, 500, 503, 504 and 524 as passing, Groq 498; gateways answer the
-# others for the same reasons.
+    invalid_request_error missing_required_parameter model_price_error permission_denied
+    permission_error prompt_blocked sensitive_words_detected""".split())
+# CometAPI documents 429, 500, 503, 504 and 524 as passing, Groq 498; gateways answer
+# the others for the same reasons.
 RETRYABLE = frozenset({408, 429, 498, 500, 502, 503, 504, 520, 521, 522, 523, 524, 529})
+_MINIMAX = {"1002": "429", "1004": "401", "1008": "402"}  # statuses as it codes them
+_NAMES = {"code": "code", "status_code": "code", "type": "type", "param": "param",
+          "message": "message", "msg": "message", "status_msg": "message"}
 _MAX_DEPTH = 200        # json recurses in C: a hostile answer could overrun a stack
+_MAX_LINES = 1 << 20    # of a stream: each costs time, even an empty one
 _MAX_WISH = 31 * 86400  # seconds: whoever asks to wait longer means something else
-_MIN_SECRET = 6         # a shorter key is a placeholder such as "none", a common word
-_SLICE = 1 << 16        # bytes that are decompressed at once
-_MAX_MEMBERS = 1000     # of a gzip body: each costs time, even an empty one
-_MAX_EVENTS = 1 << 20   # of a stream, likewise
 _TOO_LONG = "more than %d MiB" % (_MAX_ANSWER >> 20)
-_WORDS = {"code": ("code", "error_code", "status_code"), "type": ("type",),
-          "param": ("param",), "message": ("message", "msg", "status_msg", "error_msg")}
-_STREAM = re.compile("(data|event|id|retry)?:")         # how server-sent events begin
-_PIECES = ("delta", "logprobs", "text")                 # what a stream sends in pieces,
-_ONCE = ("role", "id", "type", "name", "format")        # these in it again and again
-_NUMBER = r"[0-9]{1,15}(?:\.[0-9]{1,15})?"
-_SPAN = (r"(%s)\s*(milliseconds?|ms|s(?:ec(?:ond)?s?)?|m(?:in(?:ute)?s?)?"
-         r"|h(?:(?:ou)?rs?)?|d(?:ays?)?)(?![a-z])" % _NUMBER)
-_ASKED = re.compile(  # "try again in 7m12s", "retryDelay": "37s", "retry_after_ms": 350
-    r"(?i)(?:try again|retry|(?<![a-z])wait|(?<!connection )reset|estimated_time"
-    r"|available(?: again)? in)((?:[\s\"'`\\:={(~*_-]|\\n|again|after|delay|in|for|at"
-    r"|least|about|approximately|another|time|your|this|the|request|milli|second|ms|s)"
-    r"{0,30})(?<!-)(?:((?:%s[\s,]*(?:and\s+)?)+)|(%s)(?![\w:/-]))" % (_SPAN, _NUMBER))
+_STREAM = re.compile("(data|event|id|retry)?:")  # how server-sent events begin
+_UNITS = {"ms": 0.001, "millisecond": 0.001, "s": 1.0, "sec": 1.0, "second": 1.0,
+          "m": 60.0, "min": 60.0, "minute": 60.0, "h": 3600.0, "hr": 3600.0,
+          "hour": 3600.0, "d": 86400.0, "day": 86400.0}
+_NUMBER = r"([0-9]{1,15}(?:\.[0-9]{1,15})?)"
+_SPAN = r"%s\s*(%s)s?(?![a-z])" % (_NUMBER, "|".join(_UNITS))
+# "Please try again in 7m12s", "wait 1 minute and 6 seconds", "retryDelay": "37s"
+_IN_WORDS = re.compile(
+    r"(?i)(?:try again|retry|\bwait\b|resets in|will reset)[^.0-9]{0,40}(?<!-)"
+    r"((?:%s[\s,]*(?:and )?)+)" % _SPAN)
+# "retry_after": 10, Retry-After: 12, "retryAfterMs": 350; but no date
+_IN_FIELDS = re.compile(
+    r"(?i)(?:retry[-_ ]?after|ratelimit-reset)[-_ ]?(ms|seconds|)[\\\s'\":=]{1,5}"
+    + _NUMBER + r"(?!\.?[0-9]|[-:/\s]*\w)")
 
 
 class _Answer(NamedTuple):
@@ -1458,7 +1471,7 @@ def _understand(answer: _Answer, hide: Callable[[str], str], url: str,
     out of the server's words; `url` is what was asked, `streamed` whether for a stream.
     """
     text, missing = _text(answer)
-    data = text if missing == _TOO_LONG else _value(text, streamed)
+    data = _value(text, streamed)
     if 200 <= answer.status < 300 and not _trouble(data):
         with contextlib.suppress(LookupError, TypeError, AttributeError):
             return _Verdict(_completion(data, hide(_request_id(answer)) or None))
@@ -1468,8 +1481,7 @@ def _understand(answer: _Answer, hide: Callable[[str], str], url: str,
 def _completion(data: Any, request_id: Optional[str]) -> Completion:
     """Raises LookupError, TypeError or AttributeError where there is none."""
     choice, usage = data["choices"][0], data.get("usage")
-    message = choice["message"] if "message" in choice else {"content": choice["text"]}
-    text, reason = message.get("content"), choice.get("finish_reason")
+    text, reason = choice["message"].get("content"), choice.get("finish_reason")
     if isinstance(text, list):  # of parts, as some gateways have it
         text = "".join(str(part.get("text") or "") for part in text
                        if isinstance(part, dict))
@@ -1483,9 +1495,10 @@ def _trouble(data: Any) -> Any:
     """The part of a 2xx answer that tells of a failure, if one does."""
     if not isinstance(data, dict):
         return None
-    choices, base = data.get("choices"), data.get("base_resp")
+    choices, base = data.get("choices"), data.get("base_resp")  # MiniMax's
     code = base.get("status_code") if isinstance(base, dict) else data.get("code")
-    if data.get("error") or not choices and str(code or "").lower() not in _SUCCESS:
+    success = str(code or 0).lower() in ("0", "200", "none", "ok", "success")
+    if data.get("error") or not (choices or success):
         return data
     for choice in choices if isinstance(choices, list) else ():
         if isinstance(choice, dict) and (
@@ -1500,69 +1513,56 @@ def _failure(answer: _Answer, text: str, missing: str, data: Any,
     trouble = data if answer.status >= 300 else _trouble(data)
     words = {name: hide(word)[:2000] for name, word in _words(trouble).items()}
     body = hide(text[:_MAX_ERROR])[:_MAX_ERROR - 1024]  # no part of a key at its end
-    what = words.get("message") or " ".join(body[:200].split())
+    said = words.get("message") or " ".join(body[:200].split()) or "an empty body"
     kind: Any = RateLimitError if answer.status == 429 else APIStatusError
-    tries, load = _again(_status(answer, words, trouble), words)
+    tries, load = _again(answer.status, words)
     if answer.status < 300:
         kind = APIResponseError
         if trouble is None:
-            tries, load, form = _no_answer(answer, text, missing, data)
-            what = hide(form.format(url=url, why=missing, said=what))
+            load, (tries, form) = None, _no_answer(answer, text, missing, data, url)
+            said = hide(form) + said
     elif answer.status < 400:
-        place = re.match(r"(?:https?:)?//([\w.:-]{1,200})",
-                         answer.headers.get("location", ""))
-        what = hide("a redirect%s, which is not followed: check the base URL" % (
-            " to " + place.group(1) if place else ""))
-    hint = answer.headers.get("x-should-retry", "")
-    tries = {"true": math.inf, "false": 1}.get(hint, tries)
+        said = "a redirect, which is not followed: check the base URL"
+    tries = {"true": math.inf, "false": 1}.get(
+        answer.headers.get("x-should-retry", ""), tries)
     wish = _wish(answer.headers, str(trouble)[:_MAX_ERROR])
     return _Verdict(kind(
-        "HTTP %s: %s" % (("%d %s" % (answer.status, words.get("code", ""))).rstrip(),
-                         what or "an empty body"),
-        status_code=answer.status, body=_loosely(body), retryable=tries > 1,
+        " ".join(("HTTP %d %s" % (answer.status, words.get("code", ""))).split()) + ": "
+        + said, status_code=answer.status, body=_loosely(body), retryable=tries > 1,
         retry_after=wish or None if tries > 1 or answer.status == 429 else None,
         request_id=hide(_request_id(answer, words.get("message", ""))) or None,
         **words), tries, load if tries > 1 else None)
 
 
-def _no_answer(answer: _Answer, text: str, missing: str,
-               data: Any) -> Tuple[float, Optional[int], str]:
-    """The verdict on a 2xx with neither a completion nor an error, and its words."""
-    page = "html" in answer.headers.get("content-type", "").lower() or text[:1] == "<"
-    for holds, tries, form in (
-            (missing == _TOO_LONG, 1, "an answer of {why}"),
-            (not text, math.inf, "an empty body"),
-            (_STREAM.match(text), math.inf, "a stream without a finish_reason: {said}"),
-            (isinstance(data, dict), 2, "an answer without choices: {said}"),
-            (isinstance(data, str) and missing, math.inf, "cut off ({why}): {said}"),
-            (page, 1, "a web page came from {url}: check the base URL "
-                      "(is /v1 missing?): {said}")):
-        if holds:
-            return tries, None, form
-    return 1, None, "{said}"
+def _no_answer(answer: _Answer, text: str, missing: str, data: Any,
+               url: str) -> Tuple[float, str]:
+    """How often to try for a 2xx that holds neither answer nor error; what it is."""
+    page = text[:1] == "<" or "html" in answer.headers.get("content-type", "").lower()
+    return next((tries, words) for holds, tries, words in (
+        (missing == _TOO_LONG, 1, "an answer of %s: " % missing),
+        (not text, math.inf, ""),
+        (_STREAM.match(text), math.inf, "a stream without a finish_reason: "),
+        (isinstance(data, dict), 2, "an answer without choices: "),
+        (isinstance(data, str) and missing, math.inf, "cut off (%s): " % missing),
+        (page, 1, "a web page came from %s: check the base URL (is /v1 missing?): "
+         % url),
+        (True, 1, "")) if holds)
 
 
-def _status(answer: _Answer, words: Dict[str, str], trouble: Any) -> Optional[int]:
-    """The status that a failure stands for; None for a 2xx that does not say."""
-    code = words.get("code", "")
-    status = None if answer.status < 300 else answer.status
-    if status:  # the upstream's own may stand in `param`, hidden by the gateway
-        code = words.get("param", "") if code == "bad_response_status_code" else ""
-    elif isinstance(trouble, dict) and "base_resp" in trouble:
-        return _MINIMAX.get(code)
-    elif re.search("(?i)rate_?limit|too_?many_?requests", code + words.get("type", "")):
-        status = 429
-    return int(code) if re.match("[1-5][0-9][0-9]$", code) else status
-
-
-def _again(status: Optional[int], words: Dict[str, str]) -> Tuple[float, Optional[int]]:
+def _again(status: int, words: Dict[str, str]) -> Tuple[float, Optional[int]]:
     """How many attempts a failure deserves, and the load that it shows."""
-    named = {words.get(name, "").lower() for name in ("code", "type")}
-    lasting = named & (_NO_MODEL if status == 429 else PERMANENT)
-    if lasting or _speaks_of_money(*named) or (
-            status == 429 and _is_too_large(words.get("message", ""))):
+    code, kind, param, message = (
+        words.get(name, "") for name in ("code", "type", "param", "message"))
+    own = param if code == "bad_response_status_code" else ""  # a gateway got this one
+    if status < 300:
+        own = _MINIMAX.get(code, own or code)
+        status = 429 if re.search("(?i)rate_?limit|too_?many_?req", code + kind) else 0
+    if re.match("[1-5][0-9][0-9]$", own):
+        status = int(own)
+    if ({code.lower(), kind.lower()} & (_NO_MODEL if status == 429 else PERMANENT)
+            or _speaks_of_money(code, kind) or status == 429 and _is_too_large(message)):
         return 1, None
-    if status is None or status == 408:  # which says that one request was slow
+    if status in (0, 408):  # 408 says that one request was slow
         return math.inf, None
     return (math.inf, status) if status in RETRYABLE else (1, None)
 
@@ -1574,67 +1574,43 @@ def _speaks_of_money(*names: str) -> bool:
 
 def _is_too_large(message: str) -> bool:
     """Whether a request exceeds the limit itself: then it never passes."""
-    limit, requested = [
-        [int(re.sub(r"\D", "", number)) for number in re.findall(
-            r"(?i)\b%s\W{1,3}([0-9]{1,15}(?:[,._'][0-9]{3}){0,5})" % name, message)[:1]]
-        for name in ("limit", "requested")]
-    if limit and requested:
-        return requested > limit
-    return bool(re.search("(?i)request too large|reduce the length|maximum context",
-                          message))
+    found = re.search(r"(?i)limit\W{1,3}([0-9][0-9,.]{0,20}).{0,80}requested\W{1,3}"
+                      r"([0-9][0-9,.]{0,20})", message)
+    if found:  # "Limit 10,000, Requested 44,975."
+        most, size = (int(re.sub(r"\D", "", number)) for number in found.groups())
+        return size > most
+    return bool(re.search("(?i)request too large|reduce the length", message))
 
 
-def _words(body: Any) -> Dict[str, str]:
-    """The code, type, param and message of a failure, wherever gateways put them."""
-    layers = [] if isinstance(body, str) else _layers(body)
+def _words(value: Any) -> Dict[str, str]:
+    """The code, type, param and message of a failure, wherever gateways put them: in
+    objects one within the other, even as JSON in a text. The innermost knows most."""
     found: Dict[str, str] = {}
-    for name, spellings in _WORDS.items():
-        order = layers[::-1] if name == "message" else layers[1:] + layers[:1]
-        for value in (layer.get(spelling) for layer in order for spelling in spellings):
-            if type(value) in (str, int, float) and value != "":
-                found.setdefault(name, str(value))
-    return found
-
-
-def _layers(value: Any) -> List[Dict[str, Any]]:
-    """The objects in which an error lies, one within the other, be it as a text."""
-    layers: List[Dict[str, Any]] = []
-    for _ in range(9):
+    for depth in range(9):
         if isinstance(value, list) and value:
             value = value[0]
-        if isinstance(value, str):
-            inner = _loosely(value[value.find("{"):]) if "{" in value else value
-            if isinstance(inner, str):
-                code = {"code": value} if re.match(r"[a-z]+(_[a-z]+)+$", value) else {}
-                beside = layers and layers[-1].get("message")
-                return layers + [code if beside else dict(code, message=value)]
+        if isinstance(value, str) and depth:  # else it is the whole body
+            inner = _loosely(value[value.find("{"):])
+            if not isinstance(inner, dict):
+                found.setdefault("message", value)
+                if re.match("[a-z]+(_[a-z]+)+$", value):
+                    found.setdefault("code", value)
             value = inner
         if not isinstance(value, dict):
             break
-        layers.append(value)
-        value = _within(value)
-    return layers
-
-
-def _within(value: Dict[str, Any]) -> Any:
-    """What tells more of an error than the object around it."""
-    for name in ("error", "errors", "detail", "base_resp"):
-        if value.get(name):
-            return value[name]
-    if isinstance(value.get("loc"), list):  # FastAPI's
-        return "%s: %s" % (".".join(map(str, value["loc"])), value.get("msg"))
-    metadata, message = value.get("metadata"), value.get("message")
-    if isinstance(message, dict) or "{" in str(message):
-        return message
-    raw = metadata.get("raw") if isinstance(metadata, dict) else None  # OpenRouter's
-    return {"message": raw} if isinstance(raw, str) else raw
+        for name, word in value.items():
+            if name in _NAMES and type(word) in (str, int, float) and word != "":
+                found[_NAMES[name]] = str(word)
+        value = next(filter(None, map(value.get, (
+            "error", "errors", "detail", "base_resp", "message"))), None)
+    return found
 
 
 def _request_id(answer: _Answer, message: str = "") -> str:
     """To quote to the provider. Chained gateways each add theirs: the last is ours."""
-    names = ("x-request-id", "x-cometapi-request-id", "x-oneapi-request-id",
-             "request-id")
-    return next(filter(None, map(answer.headers.get, names)), None) or "".join(
+    ids = map(answer.headers.get, ("x-request-id", "x-cometapi-request-id",
+                                   "x-oneapi-request-id", "request-id"))
+    return next(filter(None, ids), None) or "".join(
         re.findall(r"\(request id: ([^)\s]{1,200})\)", message)[-1:])
 
 
@@ -1643,88 +1619,43 @@ def _wish(headers: http.client.HTTPMessage, said: str) -> float:
 
     Gateways drop headers but hand bodies on: the error's words count as much.
     """
-    waits = [_retry_after(headers)]
-    for found in _ASKED.finditer(said):
-        spans, number = found.group(2), float(found.group(5) or 0)
-        if spans:
-            number = sum(float(count) * _seconds(unit) for count, unit in re.findall(
-                "(?i)" + _SPAN, spans))
-        elif re.search("(?i)ms|milli", found.group(1)):
-            number *= 0.001
-        if spans or number > 1e9 or re.search("(?i)after|delay|time|sec|ms",
-                                              found.group()):
-            waits.append(_from_now(number, headers))
-    return max(waits)
-
-
-def _seconds(unit: str) -> float:
-    if re.match("(?i)ms|mil", unit):
-        return 0.001
-    return {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}[unit[0].lower()]
-
-
-def _retry_after(headers: http.client.HTTPMessage) -> float:
-    """retry-after-ms, else Retry-After as of RFC 9110, 10.2.3: seconds, or one of three
-    forms of date; else what LiteLLM was told."""
-    for name, unit in (("retry-after-ms", 0.001), ("retry-after", 1.0),
-                       ("llm_provider-retry-after", 1.0)):
-        waits = [0.0]
-        for value in headers.get_all(name, ()):  # float() would take 1_0 and inf
-            number = re.match(r"[ \t]*([0-9]+(?:\.[0-9]*)?)[ \t]*\Z", value)
-            waits.append(_from_now(float(number.group(1)) * unit if number
-                                   else _timestamp(value), headers))
-        if max(waits) > 0.0:
-            return max(waits)
-    return 0.0
-
-
-def _from_now(seconds: float, headers: http.client.HTTPMessage) -> float:
-    """A large number is a time of Unix, in seconds or milliseconds, to be counted from
-    the answer's own Date since clocks differ. 0.0 for what cannot be meant."""
-    if seconds > 1e9:
-        seconds /= 1000.0 if seconds > 1e12 else 1.0
-        seconds -= _timestamp(headers.get("date", "")) or _wall()
-    return seconds if 0.0 < seconds <= _MAX_WISH else 0.0
+    now = _timestamp(headers.get("date", "")) or _wall()  # ours may differ
+    asked = [pair for pair in headers.items() if "retry-after" in pair[0].lower()]
+    said = "".join("%s: %s; " % pair for pair in asked) + said
+    waits = [0.0] + [_timestamp(value) - now for _, value in asked]
+    for found in _IN_WORDS.finditer(said):
+        waits.append(sum(float(number) * _UNITS[unit.lower()] for number, unit in
+                         re.findall("(?i)" + _SPAN, found.group(1))))
+    for unit, number in _IN_FIELDS.findall(said):
+        seconds = float(number) * _UNITS.get(unit.lower(), 1.0)
+        if seconds > 1e9:  # a time of Unix, in seconds or milliseconds
+            seconds = seconds / (1000.0 if seconds > 1e12 else 1.0) - now
+        waits.append(seconds)
+    return max(wait for wait in waits if wait <= _MAX_WISH)
 
 
 def _timestamp(date: str) -> float:
     """The time of an HTTP date, 0.0 for anything else."""
-    try:  # parsedate_to_datetime takes asctime's form, without a zone, for local time
-        parts = email.utils.parsedate_tz(date)
-        return float(email.utils.mktime_tz(parts)) if parts else 0.0
-    except (ValueError, OverflowError, LookupError, TypeError, NameError):  # by a bug
-        return 0.0
+    with contextlib.suppress(Exception):  # email.utils lets many kinds through
+        parts: Any = email.utils.parsedate_tz(date)  # asctime's form is in GMT as well
+        return float(email.utils.mktime_tz(parts))
+    return 0.0
 
 
 def _text(answer: _Answer) -> Tuple[str, str]:
     """A body as text, without its compression, and why it is not whole, or ""."""
     most = _MAX_ANSWER if 200 <= answer.status < 300 else _MAX_ERROR
     data, missing = answer.body, answer.cut
-    named = answer.headers.get("content-encoding", "").lower()
-    packed = data[:2] == b"\x1f\x8b" or "gzip" in named or "deflate" in named
-    for bits in (47,) * packed + (-15,) * ("deflate" in named):  # 47: gzip or zlib
-        found, ended = _inflate(data, bits, most + 1)
-        if found:
-            data, missing = found, missing or "compressed data" * (not ended)
+    deflate = "deflate" in answer.headers.get("content-encoding", "").lower()
+    for form in [47] * (deflate or data[:2] == b"\x1f\x8b") + [-15] * deflate:
+        with contextlib.suppress(zlib.error):  # 47: gzip or zlib; -15: without a head
+            machine = zlib.decompressobj(form)
+            data = machine.decompress(data, most + 1)
+            missing = missing or "compressed data" * (not machine.eof)
             break
     if len(data) > most:
         data, missing = data[:most], _TOO_LONG
-    codec = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8"
-    return data.decode(codec, "replace").strip("\ufeff\0 \t\r\n"), missing
-
-
-def _inflate(data: bytes, bits: int, most: int) -> Tuple[bytes, bool]:
-    """Up to `most` bytes of what was compressed, and whether it came to its end."""
-    machine, found, members = zlib.decompressobj(bits), bytearray(), 0
-    with contextlib.suppress(zlib.error):
-        for start in range(0, len(data), _SLICE):  # as unused_data copies all the rest
-            rest = data[start:start + _SLICE]
-            while rest and len(found) < most and members < _MAX_MEMBERS:
-                if machine.eof:
-                    machine, members = zlib.decompressobj(bits), members + 1
-                found += machine.decompress(rest, most - len(found))
-                rest = machine.unused_data
-    return bytes(found), machine.eof
+    return data.decode("utf-8", "replace").strip("\ufeff\0 \t\r\n"), missing
 
 
 def _value(text: str, streamed: bool) -> Any:
@@ -1736,93 +1667,81 @@ def _value(text: str, streamed: bool) -> Any:
     if not _STREAM.match(text):
         data = _loosely(text)
         return data[0] if isinstance(data, list) and len(data) == 1 else data
-    data = _assemble(text)
-    done = data.pop("[DONE]", False) and not streamed
-    whole = done or all(choice.get("finish_reason") for choice in data["choices"])
+    data = _joined(list(_events(text))) or {}
+    choices = data.get("choices")
+    data["object"], data["choices"] = "chat.completion", [
+        choice for choice in (choices if isinstance(choices, list) else ())
+        if isinstance(choice, dict)]
+    data["choices"].sort(key=lambda choice: str(choice.get("index")).zfill(9))
+    for choice in data["choices"]:
+        delta = choice.pop("delta", None)
+        if isinstance(delta, dict):
+            choice.setdefault("message", dict({"content": None}, **delta))
+    whole = not streamed and text.endswith("[DONE]") or all(
+        choice.get("finish_reason") for choice in data["choices"])
     return data if whole or _trouble(data) else text
 
 
-def _assemble(text: str) -> Dict[str, Any]:
-    """The answer that server-sent events amount to, as if it had come at once."""
-    data = _join("", list(_events(text)), False) or {}
-    choices = data.get("choices") if isinstance(data.get("choices"), list) else ()
-    data["choices"] = sorted(
-        (choice for choice in choices or () if isinstance(choice, dict)),
-        key=lambda choice: str(choice.get("index")).zfill(9))
-    data["object"] = "chat.completion"
-    for choice in data["choices"]:
-        delta = choice.pop("delta", None)
-        if delta or not {"message", "text"} & set(choice):
-            choice["message"] = dict({"content": None}, **(
-                delta if isinstance(delta, dict) else {}))
-    return data
-
-
 def _events(text: str) -> Iterator[Dict[str, Any]]:
-    """The objects that a stream sends. Heartbeats are none; [DONE] becomes a field."""
-    text = text.replace("\r\n", "\n").replace("\r", "\n")
-    for event in text.split("\n\n", _MAX_EVENTS)[:_MAX_EVENTS]:
-        fields = [line.partition(":")[::2] for line in event.split("\n", _MAX_EVENTS)]
-        lines = [line.strip() for name, line in fields if name.strip() == "data"]
-        failed = ("event", "error") in [(name, kind.strip()) for name, kind in fields]
-        values = [_loosely("\n".join(lines))]
-        if isinstance(values[0], str):  # or each line is an event, without a blank one
-            values = list(map(_loosely, lines))
-        for value in values:
-            if failed and not (isinstance(value, dict) and value.get("error")):
-                value = {"error": value or "an event named error"}
-            if isinstance(value, str) and value.startswith("{"):
-                return  # cut off: what follows would leave a hole
-            if value == "[DONE]" or isinstance(value, dict):
-                yield value if isinstance(value, dict) else {value: True}
+    """The objects that a stream sends, up to where it breaks off."""
+    kind = ""
+    for found in itertools.islice(re.finditer("[^\r\n]+", text), _MAX_LINES):
+        name, _, line = found.group().partition(":")
+        value = _loosely(line.strip())
+        if name == "event":
+            kind = line.strip()
+        elif name == "data" and isinstance(value, str) and value.startswith("{"):
+            return  # what follows would leave a hole
+        elif name == "data":
+            if kind == "error" and not (isinstance(value, dict) and value.get("error")):
+                value = {"error": value}
+            if isinstance(value, dict):
+                yield value
+            kind = ""
 
 
-def _join(name: str, parts: List[Any], pieces: bool) -> Any:
+def _joined(parts: List[Any], name: str = "", pieces: bool = False) -> Any:
     """The value of a field of which a stream has sent parts: pieces of it, or news."""
     parts = [part for part in parts if part is not None]
     kind = type(parts[-1]) if parts else None
     parts = [part for part in parts if type(part) is kind]
     if kind is dict:
-        found: Dict[str, List[Any]] = {}
+        fields: Dict[str, List[Any]] = {}
         for field, value in itertools.chain.from_iterable(map(dict.items, parts)):
-            found.setdefault(field, []).append(value)
-        return {field: _join(field, values, pieces or field in _PIECES)
-                for field, values in found.items() if field != "index" or not pieces}
+            fields.setdefault(field, []).append(value)
+        return {field: _joined(values, field, pieces or field in ("delta", "logprobs"))
+                for field, values in fields.items() if field != "index" or not pieces}
     if kind is list and (pieces or name == "choices"):
-        return [_join("", group, pieces) for group in _groups(
-            itertools.chain.from_iterable(parts))]
-    if kind is str and pieces:  # dict: each piece once, in their order
-        return "".join(dict.fromkeys(parts) if name in _ONCE else parts)
+        items = itertools.chain.from_iterable(parts)
+        return [_joined(group, "", pieces) for group in _groups(items)]
+    if kind is str and pieces:  # some send a call's name and id again with each part
+        once = name in ("role", "id", "type", "name", "format")
+        return "".join(dict.fromkeys(parts) if once else parts)
     return next(filter(None, reversed(parts)), parts[-1] if parts else None)
 
 
-def _groups(items: Iterable[Any]) -> List[List[Any]]:
+def _groups(items: Iterable[Any]) -> Iterable[List[Any]]:
     """Which items are parts of one: those of the same index, until another id comes."""
-    groups: List[List[Any]] = []
-    current: Dict[str, Tuple[Any, List[Any]]] = {}
-    for item in items:
-        if not (isinstance(item, dict) and {"index", "function", "delta"} & set(item)):
-            groups.append([item])
-            continue
-        place, known = str(item.get("index", 0)), item.get("id")
-        former, group = current.get(place, (None, []))
-        if not group or known and former and known != former:
-            group = []
-            groups.append(group)
-        group.append(item)
-        current[place] = (known or former, group)
-    return groups
+    groups: Dict[Any, List[Any]] = {}
+    ids: Dict[str, str] = {}
+    for number, item in enumerate(items):
+        group: Any = number
+        if isinstance(item, dict) and {"index", "delta", "function"} & set(item):
+            index = str(item.get("index", 0))
+            ids[index] = str(item.get("id") or ids.get(index))
+            group = index, ids[index]
+        groups.setdefault(group, []).append(item)
+    return groups.values()
 
 
 def _parse(text: str, depth: int = _MAX_DEPTH) -> Any:
     """The value of a JSON text, no matter who wrote it. Raises ValueError."""
     if text.count("[") + text.count("{") > depth:  # those outside of strings count
         outside = "".join(text.replace("\\\\", "").replace('\\"', "").split('"')[::2])
-        level = 0
-        for run in re.finditer(r"[\[{]+|[\]}]+", outside):
-            level += len(run.group()) if run.group()[0] in "[{" else -len(run.group())
-            if level > depth:
-                raise ValueError("JSON nested more than %d deep" % depth)
+        levels = itertools.accumulate(1 if sign.group() in "[{" else -1
+                                      for sign in re.finditer(r"[][{}]", outside))
+        if any(level > depth for level in levels):
+            raise ValueError("JSON nested more than %d deep" % depth)
     return _decode(text)
 
 
@@ -1846,10 +1765,9 @@ _decode = json.JSONDecoder(parse_float=_number, parse_int=_number,
 
 def _hider(*keys: str) -> Callable[[str], str]:
     """Takes keys out of a text, however JSON may write them, even twice over."""
-    find = re.compile("|".join("".join(r"(?:%s%s|\\%su00(?i:%02x))" % (
-        "" if sign.isalnum() else r"\\{0,8}", re.escape(sign), "{1,8}" if place else "",
-        ord(sign)) for place, sign in enumerate(key))
-        for key in keys if len(key) >= _MIN_SECRET) or "(?!)")
+    find = re.compile("|".join("".join(
+        r"\\{0,8}(?:%s|(?i:u%04x))" % (re.escape(sign), ord(sign)) for sign in key)
+        for key in keys if len(key) > 5) or "(?!)")  # "none" is a word of everyday
     return lambda text: find.sub("***", text)
 
 
