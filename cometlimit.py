@@ -2054,8 +2054,8 @@ def _options(argv: Optional[List[str]]) -> Any:
         options.param = {name: _json_or_word(_or_file(text)) for name, text in (
             _pair(word, "=", "--param is NAME=JSON") for word in options.param)}
         _payload("x", dict({"model": "x"}, **options.param))
-        options.header = dict(_pair(line, ":", "--header is NAME: VALUE")
-                              for line in options.header)
+        options.headers = dict(_pair(line, ":", "--header is NAME: VALUE")
+                               for line in options.headers)
         at, shards = map(int, _pair(options.shard, "/", "--shard is I/N"))
         options.shard = range(at - 1, sys.maxsize, max(shards, 1))
         if not 0 < at <= shards:
@@ -2102,7 +2102,7 @@ def _parser() -> Any:
     add("--skip-failed", action="store_true", help="leave rows that failed for good")
     add("--dry-run", action="store_true", help="check the input, send nothing")
     add("--base-url", metavar="URL", help="else COMETAPI_BASE_URL, else CometAPI's")
-    add("--header", metavar="'NAME: VALUE'", help="of each request", **many)
+    add("--header", dest="headers", metavar="'NAME: VALUE'", **many)
     add("--allow-http", action="store_true", help="http to any host: it shows the key")
     add("--ca-file", metavar="FILE", help="further certificates to trust (PEM)")
     add("-q", "--quiet", action="store_true", help="no progress, no summary")
@@ -2260,7 +2260,7 @@ def _row(source: _Input, n: int, options: Any) -> _Row:
     except ValueError as fault:
         problem = ConfigurationError("line %d cannot be read: %s" % (number, fault),
                                      code="invalid_json_line")
-    return _Row(name, number, body, _digest(json.dumps(body, sort_keys=True)), problem)
+    return _Row(name, number, body, _digest(_canonical(body)), problem)
 
 
 def _body(value: Dict[str, Any], options: Any) -> Dict[str, Any]:
@@ -2285,6 +2285,9 @@ def _body(value: Dict[str, Any], options: Any) -> Dict[str, Any]:
     if last.get("role") == "user" and not str(last.get("content")).strip():
         raise ConfigurationError("the prompt is empty", code="invalid_input")
     return body
+
+
+_canonical = json.JSONEncoder(sort_keys=True).encode
 
 
 def _digest(text: str) -> str:
@@ -2322,20 +2325,6 @@ def _write(fd: int, data: bytes) -> None:
         left = left[os.write(fd, left):]
 
 
-def _stdout() -> Callable[[bytes], Any]:
-    """What writes to stdout, whatever stands for it."""
-    out: Any = sys.stdout
-    if out is None:
-        raise ConfigurationError("stdout is closed: the answers would go nowhere")
-    out.flush()
-    try:
-        fd = out.fileno()
-        return lambda data: _write(fd, data)
-    except OSError:  # a stream of Python's
-        return out.buffer.write if hasattr(out, "buffer") else (
-            lambda data: out.write(data.decode()))
-
-
 class _Stream:
     """Results to a pipe, in the order of the rows: what comes early is held back."""
     tokens, skipped, found = 0, 0, ()  # which a checkpoint has
@@ -2363,10 +2352,10 @@ class _Stream:
     def meet(self, row: _Row) -> int:
         return _NEW
 
-    def begin(self) -> None:
+    def look(self) -> None:
         """A pipe needs no care."""
 
-    look = begin
+    begin = look
 
     def close(self, rows: int) -> None:
         for n in range(self.written, rows):  # after a stop there may be gaps
@@ -2627,11 +2616,9 @@ class _Screen:
                 yield textwrap.fill("%d x %s (%s%s): %s" % (
                     count, code, ", ".join(ids), ", ..." * (count > len(ids)),
                     message[:300]), 80, subsequent_indent="  ")
-        odd = [(sum(one.empty for one in stats), "without text"),
-               (sum(one.cut_off for one in stats), "cut off by a length limit")]
-        if any(number for number, _ in odd):
-            yield "of the answers: " + ", ".join(
-                "%d %s" % pair for pair in odd if pair[0])
+        odd = [sum(one.empty for one in stats), sum(one.cut_off for one in stats)]
+        if any(odd):
+            yield "answers without text: %d; cut off by a length limit: %d" % tuple(odd)
         if isinstance(sink, _Checkpoint):
             yield "tokens: %d in this run, %d in all of %s" % (
                 self.tokens, sink.tokens, sink.path)
@@ -2665,12 +2652,9 @@ class _Job:
                 stack.callback(signal.signal, number,
                                signal.signal(number, self._on_signal))
         self.client = Client(
-            api_key="none" if options.dry_run else None, base_url=options.base_url,
-            max_concurrency=options.max_concurrency, max_rate=options.max_rate,
-            max_retries=options.max_retries, timeout=options.timeout,
-            headers=options.header, ca_file=options.ca_file,
-            allow_http=options.allow_http,
-            on_record=lambda record: self.events.put((self._log, record)))
+            api_key="none" if options.dry_run else None,
+            on_record=lambda record: self.events.put((self._log, record)),
+            **{name: vars(options)[name] for name in _OPTIONS & set(vars(options))})
         stack.callback(self.client.close)
         self.place = urllib.parse.urlsplit(self.client.base_url).netloc
         self.input = self._input(options.input_file)
@@ -2716,19 +2700,22 @@ class _Job:
         return _Input(self._open("input", sys.stdin.fileno() if path == "-" else path,
                                  os.O_RDONLY), [])
 
-    def _output(self, path: str) -> Any:
+    def _output(self, path: Any) -> Any:
         form, mode = self.options.form, os.O_CREAT | os.O_APPEND
         if self.options.dry_run and not os.path.isfile(path):
             return _Stream(len, form)
+        if path == "-" and sys.stdout is None:
+            raise ConfigurationError("stdout is closed: the answers would go nowhere")
         if path == "-":
-            write = _stdout()
-            with contextlib.suppress(OSError):  # a stream of Python's is no file
-                self._open("stdout", sys.stdout.fileno(), 0)
-            return _Stream(write, form)
-        if os.path.isfile(path) or not os.path.exists(path):
+            sys.stdout.flush()
+            try:
+                path = sys.stdout.fileno()
+            except OSError:  # a stream of Python's
+                return _Stream(sys.stdout.buffer.write, form)
+        if isinstance(path, str) and (os.path.isfile(path) or not os.path.exists(path)):
             return _Checkpoint(self._open("output", path, mode | os.O_RDWR),
                                os.path.realpath(path), self.options.skip_failed)
-        fd = self._open("output", path, mode | os.O_WRONLY)  # a pipe or a device
+        fd = self._open("output", path, mode | os.O_WRONLY)  # a pipe, a device, stdout
         return _Stream(lambda data: _write(fd, data), form)
 
     def _open(self, role: str, file: Union[int, str], mode: int) -> int:
@@ -2755,7 +2742,7 @@ class _Job:
             elif row.problem and row.problem.code == "invalid_input":
                 raise ConfigurationError("%s: %s" % (row.id, row.problem))
             bad += row.problem is not None
-            size += len(json.dumps(row.body.get("messages", ""), ensure_ascii=False))
+            size += self.options.dry_run and len(str(row.body.get("messages", "")))
             if self.screen.bar and n % 10000 == 9999:
                 _say("%d rows read" % (n + 1), "\x1b[K\r")
         if self.sink.found:
@@ -2787,8 +2774,9 @@ class _Job:
     def _fill(self) -> bool:
         """Ask rows while there is room. Returns whether a pipe may have more."""
         try:
-            while not self.reason and len(self.calls) < self.doubt.width(
-                    self.options.max_concurrency, self.screen.answers > 0):
+            most = self.options.max_concurrency
+            while not self.reason and len(self.calls) < (
+                    2 * most if self.screen.answers else self.doubt.width(most)):
                 if self.is_reading:
                     self._read()
                 n = self._next()
@@ -2920,7 +2908,7 @@ class _Job:
                 _say("cometlimit: stopped: " + _in_our_words(reason))
         if not is_quiet and (is_early or left or screen.failures) and isinstance(
                 self.sink, _Checkpoint):
-            words = ["the", "same", "command"] if self.options.header else map(
+            words = ["the", "same", "command"] if self.options.headers else map(
                 shlex.quote, [sys.executable] + sys.argv)
             _say("to go on: " + " ".join(words))
         if self.signal:
@@ -2934,7 +2922,7 @@ class _Doubt:
 
     A model is in doubt once five of its rows failed alike, no answer between, for a
     reason that rows may share. Then only samples from all over the input are asked.
-    When these fail alike too, five or, if such failures may pass, fifty, its rows are left.
+    When these fail too, five or, if such failures may pass, fifty, its rows are left.
     """
 
     def __init__(self) -> None:
@@ -2966,10 +2954,10 @@ class _Doubt:
         self.models.discard(model)
         return was_in_doubt
 
-    def width(self, most: int, is_answered: bool) -> int:
-        """The most rows under way: fewer where some failed before the first answer."""
+    def width(self, most: int) -> int:
+        """The most rows under way before the first answer: fewer where some failed."""
         least = min(_ALIKE, most) if self.models else 1
-        return 2 * most if is_answered else max(least, most - sum(self.alike.values()))
+        return max(least, most - sum(self.alike.values()))
 
     def sample(self, todo: bytearray, models: List[str]) -> Optional[int]:
         """A row, far from the last one, of a model in doubt; None: there are enough."""
@@ -2986,7 +2974,7 @@ class _Doubt:
 
 
 def _demo(stack: contextlib.ExitStack) -> int:
-    """Prompts to a rate-limited server in this process: a line a second, and the sum."""
+    """Prompts to a rate-limited server in this process: a line a second, the sum."""
     rate, prompts, began = 8, 40, time.monotonic()
     server = _demo_server(rate)
     stack.callback(server.server_close)

@@ -2679,7 +2679,7 @@ class TheScreen(CommandLine):
         ids = ", ".join("r%d" % n for n in range(3, 13))
         text = " ".join(self.err.split())
         self.assertIn("17 x http_422 (%s, ...): HTTP 422: word word" % ids, text)
-        self.assertIn("1 answers without text, 1 cut off by a length limit", text)
+        self.assertIn("answers without text: 1; cut off by a length limit: 1", text)
         self.assertLessEqual(max(map(len, self.err.split("tokens: ")[0].split("\n"))), 80)
 
 
