@@ -2312,7 +2312,7 @@ class ASignal(CommandLine):
         """What has not come back by then is given up, and left to the next run."""
         self.write("in", rows(3))
         with self.serve(forever=lambda request: (
-                reply_echo(request) if request.prompt == "p0" else stall())) as server:
+                reply_echo(request) if request.prompt == "p0" else stall())):
             kill = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM))
             kill.start()
             with unittest.mock.patch.object(cometlimit, "_GRACE", 0.4):
