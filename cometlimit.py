@@ -1992,7 +1992,7 @@ _DRAW = 0.25       # seconds between two drawings of the progress on a terminal,
 _PLAIN = 30.0      # and between two lines of it elsewhere
 _FRESH = 30.0      # seconds for which it shows the last attempt that failed
 _GRACE = 5.0       # seconds that a stopped run leaves to what is in flight
-_UNREACHED = 60.0  # seconds after which a server that was never reached ends the run
+_UNREACHED = 2     # times max_delay (a minute): no server was reached, the run ends
 _ALIKE = 5         # rows of a model that fail alike, no answer between: it is in doubt
 _PATIENCE = 50     # rows from elsewhere before failures that may pass end its part
 _SHARED = frozenset({301, 302, 303, 307, 308, 401, 402, 403, 404, 405, 429, 503})
@@ -2880,7 +2880,8 @@ class _Job:
         now, screen = time.monotonic(), self.screen
         if self.signal:
             self._stop(signal.Signals(self.signal).name)
-        if screen.trouble and not screen.is_reached and now > screen.began + _UNREACHED:
+        patience = _UNREACHED * self.client.max_delay
+        if screen.trouble and not screen.is_reached and now > screen.began + patience:
             self._stop("the server was never reached: " + screen.trouble)
         if now > self.until:
             self.until = math.inf

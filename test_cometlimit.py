@@ -2394,7 +2394,7 @@ class AStop(CommandLine):
             self.fast_clock(50.0)
             self.cli("-i", "in", "-o", "out", expect=3)
             self.assertIn("no connection to " + place, self.err)
-            with unittest.mock.patch.multiple(cometlimit, _UNREACHED=0.5, _PLAIN=0.2):
+            with unittest.mock.patch.multiple(cometlimit, _UNREACHED=0.02, _PLAIN=0.2):
                 self.real_time()
                 self.cli("--max-retries", "9", "-i", "in", "-o", "out", expect=3)
             self.assertRegex(self.err, "0/40 done, 0.0/s, no connection to %s\n" % place)
