@@ -1829,7 +1829,7 @@ class Prompts(CommandLine):
 
     def test_have_their_places_even_after_a_stop(self):
         """However a run ends, the array has a place for every prompt, null without an answer."""
-        tired = self.tiring(status(401, "bad key"))
+        tired = self.tiring(status(401, "bad key"), 10)
         with self.serve(forever=lambda request: reply("0") if request.prompt == "0" else (
                 tired(request))):
             out = self.cli("-c", "1", *map(str, range(30)), expect=3)
@@ -2233,8 +2233,11 @@ class AnAccident(CommandLine):
         os.environ.update(LC_ALL="C", PYTHONCOERCECLOCALE="0", PYTHONUTF8="0")
         os.environ.pop("PYTHONIOENCODING", None)
         with self.serve(forever=reply_echo) as server:
-            out = self.finish(self.start("-q", "Grüße 漢".encode()), 0)
+            out = self.finish(self.start("-q", "--system", "é".encode(), "--param",
+                                         "user=ü".encode(), "Grüße 漢".encode()), 0)
         self.assertEqual(server.requests[0].prompt, "Grüße 漢")
+        self.assertEqual((server.requests[0].body["messages"][0]["content"],
+                          server.requests[0].body["user"]), ("é", "ü"))
         self.assertEqual(out.decode(), '["Grüße 漢"]\n')
 
 
@@ -2802,9 +2805,11 @@ class AChange(CommandLine):
         self.write("in", rows(9))
         self.write("out", [])
         os.chmod("out", 0o640)
+        sync = unittest.mock.patch.object(os, "fsync", wraps=os.fsync)
         with self.serve(forever=lambda request: (
-                time.sleep(0.1 * (request.prompt == "p0")) or reply_echo(request))):
+                time.sleep(1.2 * (request.prompt == "p0")) or reply_echo(request))), sync as sync:
             self.cli("-i", "in", "-o", "out")
+        self.assertGreaterEqual(sync.call_count, 4)  # at first, after a second, twice at the end
         self.assertEqual(os.stat("out").st_mode & 0o777, 0o640)
         self.assertEqual([name for name, _ in self.answers()], ["r%d" % n for n in range(9)])
         self.assertEqual(sorted(os.listdir(".")), ["in", "out"])
