@@ -760,9 +760,15 @@ class ManyQuestions(Case):
                 cometlimit.ask_all(["bad", "a"], **options)
 
     def test_may_be_endless(self):
-        """Of an endless source only 16 x max_concurrency prompts are taken ahead, an answer whose
-        turn it is does not wait for another prompt, and what has been yielded is forgotten."""
-        taken, line = [], reply("x" * 50000)
+        """Of an endless source only 16 x max_concurrency prompts are taken ahead of a slow answer,
+        one whose turn it is does not wait for another prompt, and what was yielded is forgotten."""
+        taken, done = [], reply("x" * 50000)
+
+        def line(request):
+            if request.prompt == "100":
+                self.until(lambda: len(taken) >= 130)
+                time.sleep(0.05)  # room for more
+            return done
 
         def source():
             for number in itertools.count():
@@ -770,7 +776,7 @@ class ManyQuestions(Case):
                     server.await_requests(4)  # so the first answer is there
                 taken.append(number)
                 yield str(number)
-        with Server(forever=lambda _: line) as server:
+        with Server(forever=line) as server:
             with self.client(server, max_concurrency=2) as client:
                 answers = client.map(source())
                 self.assertEqual(taken, [])
@@ -784,8 +790,9 @@ class ManyQuestions(Case):
                 answers.close()
 
     def test_stop_when_their_loop_is_left(self):
-        """Nothing more is sent, what is in flight is hung up on, and the client lives on."""
-        gone = [threading.Event() for _ in range(3)]
+        """Nothing more is sent, what is in flight is hung up on, and the client lives on. No more
+        than 2 x max_concurrency prompts without an outcome had been taken."""
+        gone, taken = [threading.Event() for _ in range(3)], itertools.count()
 
         def line(request):
             if request.prompt == "0":  # an answer earlier than the next prompts would be yielded
@@ -794,8 +801,9 @@ class ManyQuestions(Case):
                 stall(gone[int(request.prompt) - 1]))
         with Server(forever=line) as server:
             with self.client(server, max_concurrency=3) as client:
-                for _ in client.map(str(number) for number in itertools.count()):
+                for _ in client.map(str(number) for number in taken):
                     break
+                self.assertLessEqual(next(taken), 2 * 3 + 1)
                 for event in gone[:2]:
                     self.assertTrue(event.wait(TIMEOUT))
                 self.assertEqual(client.ask("after"), "after")
@@ -1557,7 +1565,7 @@ class TheEnd(Case):
                     client.stop()
                     for call in (calls[0], calls[3]):
                         call.exception(TIMEOUT)
-                    self.assertLess(time.monotonic() - start, 1.0)
+                    self.assertLess(time.monotonic() - start, 2.0)
                     self.assertFalse(calls[1].done() or calls[2].done())
                     with self.assertRaisesRegex(cometlimit.ConfigurationError,
                                                 "^the client was stopped: make a new one$"):
@@ -1565,7 +1573,7 @@ class TheEnd(Case):
                     gate.set()
                 gone = [call.exception(TIMEOUT) for call in calls]
                 if way == "closed":
-                    self.assertLess(time.monotonic() - start, 1.0)
+                    self.assertLess(time.monotonic() - start, 2.0)
                     self.threads_end()
                     with self.assertRaisesRegex(cometlimit.ConfigurationError,
                                                 "^the client was closed: make a new one$"):
@@ -1626,7 +1634,7 @@ class TheEnd(Case):
                         process.kill()
                 self.assertIn("KeyboardInterrupt", text)
                 self.assertNotIn("Exception in thread", text)
-                self.assertLess(took, 1.0)
+                self.assertLess(took, 2.0)  # on a busy machine
 
     def test_of_a_callback_is_not_that_of_a_thread(self):
         """A callback that raises, sys.exit() included, costs no other answer and no thread. One
