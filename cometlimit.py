@@ -1985,7 +1985,7 @@ _DRAW = 0.25       # seconds between two drawings of the progress on a terminal,
 _PLAIN = 30.0      # and between two lines of it elsewhere
 _FRESH = 30.0      # seconds for which it shows the last attempt that failed
 _GRACE = 5.0       # seconds that a stopped run leaves to what is in flight
-_UNREACHED = 60.0  # seconds after which a server that was never reached ends the run
+_UNREACHED = 2     # times max_delay (a minute): no server was reached, the run ends
 _ALIKE = 5         # rows of a model that fail alike, no answer between: it is in doubt
 _PATIENCE = 50     # rows from elsewhere before failures that may pass end its part
 _SHARED = frozenset({301, 302, 303, 307, 308, 401, 402, 403, 404, 405, 429, 503})
@@ -2037,26 +2037,18 @@ def _options(argv: Optional[List[str]]) -> Any:
         options.prompts, options.input_file = [], "-"
     by_hand = options.input_file in (None, "-") and not options.output_file
     options.form = "text" if options.text else "array" if by_hand else "rows"
-    files = options.input_file, options.output_file, options.joblog
-    for wrong, words in (
-            # Without values: one of them may be a key.
-            (unknown, "unknown: " + " ".join(word.split("=")[0] for word in unknown)),
-            (options.prompts and files[0], "give either prompts or -i"),
-            (files[0] == "-" and (sys.stdin is None or sys.stdin.isatty()),
-             "nothing to ask: give prompts, -i FILE or lines on stdin"),
-            (by_hand and not (options.model or options.demo) or options.model == "",
-             "name a model: -m MODEL"),
-            (options.text and files[1], "--text goes to stdout, not to -o"),
-            ("" in files, "-i, -o and --joblog take the name of a file")):
-        if wrong:
-            parser.error(words)
+    misuse = _misuse(options, by_hand)
+    if unknown:  # without values: one of them may be a key
+        misuse = "unknown: " + " ".join(word.split("=")[0] for word in unknown)
+    if misuse:
+        parser.error(misuse)
     try:
         options.system = options.system and _or_file(options.system)
         options.param = {name: _json_or_word(_or_file(text)) for name, text in (
             _pair(word, "=", "--param is NAME=JSON") for word in options.param)}
         _payload("x", dict({"model": "x"}, **options.param))
-        options.header = dict(_pair(line, ":", "--header is NAME: VALUE")
-                              for line in options.header)
+        options.headers = dict(_pair(line, ":", "--header is NAME: VALUE")
+                               for line in options.headers)
         at, shards = map(int, _pair(options.shard, "/", "--shard is I/N"))
         options.shard = range(at - 1, sys.maxsize, max(shards, 1))
         if not 0 < at <= shards:
@@ -2066,13 +2058,26 @@ def _options(argv: Optional[List[str]]) -> Any:
     return options
 
 
+def _misuse(options: Any, by_hand: bool) -> str:
+    files = options.input_file, options.output_file, options.joblog
+    has_model = options.model or options.demo
+    return next((words for wrong, words in (
+        (options.prompts and files[0], "give either prompts or -i"),
+        (files[0] == "-" and (sys.stdin is None or sys.stdin.isatty()),
+         "nothing to ask: give prompts, -i FILE or lines on stdin"),
+        (by_hand and not has_model or options.model == "", "name a model: -m MODEL"),
+        (options.text and files[1], "--text goes to stdout, not to -o"),
+        ("" in files, "-i, -o and --joblog take the name of a file")) if wrong), "")
+
+
 def _parser() -> Any:
     import argparse  # here, as the library's start is not to wait for it
     parser = argparse.ArgumentParser(
-        prog="cometlimit", description=(__doc__ or "").split("\n")[0], epilog=_EPILOG,
-        usage="cometlimit -m MODEL [PROMPT ... | -i FILE] [-o FILE] ... (more: --help)",
-        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+        "cometlimit", "cometlimit -m MODEL [PROMPT ... | -i FILE] [-o FILE] [--help]",
+        (__doc__ or "").split("\n")[0], _EPILOG, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
+    many: Dict[str, Any] = {"action": "append", "default": [], "type": _utf8}
     add("prompts", nargs="*", type=_utf8, metavar="PROMPT", help="or -: lines on stdin")
     add("-m", "--model", type=_utf8, help="for rows that name none")
     add("-i", "--input-file", metavar="FILE", help="rows to ask; - is stdin")
@@ -2081,7 +2086,7 @@ def _parser() -> Any:
     add("--max-rate", type=float, metavar="N", help="most requests a second")
     add("--max-retries", type=int, default=4, metavar="N", help="for each row (4)")
     add("--timeout", type=float, default=600.0, metavar="SEC", help="of one try (600)")
-    add("--param", action="append", default=[], type=_utf8, metavar="NAME=JSON")
+    add("--param", metavar="NAME=JSON", help="a field of each body", **many)
     add("--system", type=_utf8, metavar="TEXT", help="a system message for each prompt")
     add("--text", action="store_true", help="answers as bare text")
     add("--shard", default="1/1", metavar="I/N", help="of every N rows the I-th")
@@ -2090,7 +2095,7 @@ def _parser() -> Any:
     add("--skip-failed", action="store_true", help="leave rows that failed for good")
     add("--dry-run", action="store_true", help="check the input, send nothing")
     add("--base-url", metavar="URL", help="else COMETAPI_BASE_URL, else CometAPI's")
-    add("--header", action="append", default=[], type=_utf8, metavar="'NAME: VALUE'")
+    add("--header", dest="headers", metavar="'NAME: VALUE'", **many)
     add("--allow-http", action="store_true", help="http to any host: it shows the key")
     add("--ca-file", metavar="FILE", help="further certificates to trust (PEM)")
     add("-q", "--quiet", action="store_true", help="no progress, no summary")
@@ -2248,7 +2253,7 @@ def _row(source: _Input, n: int, options: Any) -> _Row:
     except ValueError as fault:
         problem = ConfigurationError("line %d cannot be read: %s" % (number, fault),
                                      code="invalid_json_line")
-    return _Row(name, number, body, _digest(json.dumps(body, sort_keys=True)), problem)
+    return _Row(name, number, body, _digest(_canonical(body)), problem)
 
 
 def _body(value: Dict[str, Any], options: Any) -> Dict[str, Any]:
@@ -2273,6 +2278,9 @@ def _body(value: Dict[str, Any], options: Any) -> Dict[str, Any]:
     if last.get("role") == "user" and not str(last.get("content")).strip():
         raise ConfigurationError("the prompt is empty", code="invalid_input")
     return body
+
+
+_canonical = json.JSONEncoder(sort_keys=True).encode
 
 
 def _digest(text: str) -> str:
@@ -2310,20 +2318,6 @@ def _write(fd: int, data: bytes) -> None:
         left = left[os.write(fd, left):]
 
 
-def _stdout() -> Callable[[bytes], Any]:
-    """What writes to stdout, whatever stands for it."""
-    out: Any = sys.stdout
-    if out is None:
-        raise ConfigurationError("stdout is closed: the answers would go nowhere")
-    out.flush()
-    try:
-        fd = out.fileno()
-        return lambda data: _write(fd, data)
-    except OSError:  # a stream of Python's
-        return out.buffer.write if hasattr(out, "buffer") else (
-            lambda data: out.write(data.decode()))
-
-
 class _Stream:
     """Results to a pipe, in the order of the rows: what comes early is held back."""
     tokens, skipped, found = 0, 0, ()  # which a checkpoint has
@@ -2351,10 +2345,10 @@ class _Stream:
     def meet(self, row: _Row) -> int:
         return _NEW
 
-    def begin(self) -> None:
+    def look(self) -> None:
         """A pipe needs no care."""
 
-    look = begin
+    begin = look
 
     def close(self, rows: int) -> None:
         for n in range(self.written, rows):  # after a stop there may be gaps
@@ -2429,8 +2423,8 @@ class _Checkpoint:
         response, error = result["response"], result.get("error")
         response = response if isinstance(response, dict) else {}
         status, body = response.get("status_code"), response.get("body")
-        is_good = error is None and body and not body.get("error")
-        if is_good and status in range(200, 300):
+        is_good = error is None and status in range(200, 300)
+        if is_good and isinstance(body, dict) and body and not body.get("error"):
             found = re.match("batch_req_[0-9a-f]{16}(?:_([0-9a-f]{16}))?$",
                              str(result.get("id")))
             # Rows of other programs have no mark; version 1.0 made marks that fit none.
@@ -2615,11 +2609,9 @@ class _Screen:
                 yield textwrap.fill("%d x %s (%s%s): %s" % (
                     count, code, ", ".join(ids), ", ..." * (count > len(ids)),
                     message[:300]), 80, subsequent_indent="  ")
-        odd = [(sum(one.empty for one in stats), "without text"),
-               (sum(one.cut_off for one in stats), "cut off by a length limit")]
-        if any(number for number, _ in odd):
-            yield "of the answers: " + ", ".join(
-                "%d %s" % pair for pair in odd if pair[0])
+        odd = [sum(one.empty for one in stats), sum(one.cut_off for one in stats)]
+        if any(odd):
+            yield "answers without text: %d; cut off by a length limit: %d" % tuple(odd)
         if isinstance(sink, _Checkpoint):
             yield "tokens: %d in this run, %d in all of %s" % (
                 self.tokens, sink.tokens, sink.path)
@@ -2653,12 +2645,9 @@ class _Job:
                 stack.callback(signal.signal, number,
                                signal.signal(number, self._on_signal))
         self.client = Client(
-            api_key="none" if options.dry_run else None, base_url=options.base_url,
-            max_concurrency=options.max_concurrency, max_rate=options.max_rate,
-            max_retries=options.max_retries, timeout=options.timeout,
-            headers=options.header, ca_file=options.ca_file,
-            allow_http=options.allow_http,
-            on_record=lambda record: self.events.put((self._log, record)))
+            api_key="none" if options.dry_run else None,
+            on_record=lambda record: self.events.put((self._log, record)),
+            **{name: vars(options)[name] for name in _OPTIONS & set(vars(options))})
         stack.callback(self.client.close)
         self.place = urllib.parse.urlsplit(self.client.base_url).netloc
         self.input = self._input(options.input_file)
@@ -2704,19 +2693,22 @@ class _Job:
         return _Input(self._open("input", sys.stdin.fileno() if path == "-" else path,
                                  os.O_RDONLY), [])
 
-    def _output(self, path: str) -> Any:
+    def _output(self, path: Any) -> Any:
         form, mode = self.options.form, os.O_CREAT | os.O_APPEND
         if self.options.dry_run and not os.path.isfile(path):
             return _Stream(len, form)
+        if path == "-" and sys.stdout is None:
+            raise ConfigurationError("stdout is closed: the answers would go nowhere")
         if path == "-":
-            write = _stdout()
-            with contextlib.suppress(OSError):  # a stream of Python's is no file
-                self._open("stdout", sys.stdout.fileno(), 0)
-            return _Stream(write, form)
-        if os.path.isfile(path) or not os.path.exists(path):
+            sys.stdout.flush()
+            try:
+                path = sys.stdout.fileno()
+            except OSError:  # a stream of Python's
+                return _Stream(sys.stdout.buffer.write, form)
+        if isinstance(path, str) and (os.path.isfile(path) or not os.path.exists(path)):
             return _Checkpoint(self._open("output", path, mode | os.O_RDWR),
                                os.path.realpath(path), self.options.skip_failed)
-        fd = self._open("output", path, mode | os.O_WRONLY)  # a pipe or a device
+        fd = self._open("output", path, mode | os.O_WRONLY)  # a pipe, a device, stdout
         return _Stream(lambda data: _write(fd, data), form)
 
     def _open(self, role: str, file: Union[int, str], mode: int) -> int:
@@ -2743,7 +2735,7 @@ class _Job:
             elif row.problem and row.problem.code == "invalid_input":
                 raise ConfigurationError("%s: %s" % (row.id, row.problem))
             bad += row.problem is not None
-            size += len(json.dumps(row.body.get("messages", ""), ensure_ascii=False))
+            size += self.options.dry_run and len(str(row.body.get("messages", "")))
             if self.screen.bar and n % 10000 == 9999:
                 _say("%d rows read" % (n + 1), "\x1b[K\r")
         if self.sink.found:
@@ -2775,7 +2767,9 @@ class _Job:
     def _fill(self) -> bool:
         """Ask rows while there is room. Returns whether a pipe may have more."""
         try:
-            while not self.reason and len(self.calls) < self._width():
+            most = self.options.max_concurrency
+            while not self.reason and len(self.calls) < (
+                    2 * most if self.screen.answers else self.doubt.width(most)):
                 if self.is_reading:
                     self._read()
                 n = self._next()
@@ -2787,13 +2781,6 @@ class _Job:
                 raise  # nothing was sent
             self._stop("the input cannot be read on: %s" % fault)
         return self.is_reading and not self.reason
-
-    def _width(self) -> int:
-        """The most rows under way: fewer where some failed before the first answer."""
-        width: int = self.options.max_concurrency
-        failed = sum(self.doubt.alike.values())
-        least = min(_ALIKE, width) if self.doubt.models else 1
-        return 2 * width if self.screen.answers else max(least, width - failed)
 
     def _read(self) -> None:
         """Take from a pipe what is there, as far as there is room for it."""
@@ -2864,7 +2851,8 @@ class _Job:
 
     def _log(self, record: Record) -> None:
         self.screen.attempt(record, self.place)
-        if self.screen.tokens > (self.options.max_tokens_total or math.inf):
+        most = self.options.max_tokens_total
+        if most is not None and self.screen.tokens > most:
             self._stop("%d tokens were used" % self.screen.tokens)
         if self.joblog:
             try:
@@ -2884,8 +2872,9 @@ class _Job:
         """Do what is due by the clock."""
         now, screen = time.monotonic(), self.screen
         if self.signal:
-            self._stop("signal %d" % self.signal)
-        if screen.trouble and not screen.is_reached and now > screen.began + _UNREACHED:
+            self._stop(signal.Signals(self.signal).name)
+        patience = _UNREACHED * self.client.max_delay
+        if screen.trouble and not screen.is_reached and now > screen.began + patience:
             self._stop("the server was never reached: " + screen.trouble)
         if now > self.until:
             self.until = math.inf
@@ -2913,7 +2902,7 @@ class _Job:
                 _say("cometlimit: stopped: " + _in_our_words(reason))
         if not is_quiet and (is_early or left or screen.failures) and isinstance(
                 self.sink, _Checkpoint):
-            words = ["the", "same", "command"] if self.options.header else map(
+            words = ["the", "same", "command"] if self.options.headers else map(
                 shlex.quote, [sys.executable] + sys.argv)
             _say("to go on: " + " ".join(words))
         if self.signal:
@@ -2926,8 +2915,8 @@ class _Doubt:
     """Whether failures are a row's own matter, or the model's, account's or server's.
 
     A model is in doubt once five of its rows failed alike, no answer between, for a
-    reason that rows may share. Then only samples from all over the input are asked. When these
-    fail alike too, five or, if such failures may pass, fifty, its rows are left.
+    reason that rows may share. Then only samples from all over the input are asked.
+    When these fail too, five or, if such failures may pass, fifty, its rows are left.
     """
 
     def __init__(self) -> None:
@@ -2959,6 +2948,11 @@ class _Doubt:
         self.models.discard(model)
         return was_in_doubt
 
+    def width(self, most: int) -> int:
+        """The most rows under way before the first answer: fewer where some failed."""
+        least = min(_ALIKE, most) if self.models else 1
+        return max(least, most - sum(self.alike.values()))
+
     def sample(self, todo: bytearray, models: List[str]) -> Optional[int]:
         """A row, far from the last one, of a model in doubt; None: there are enough."""
         for model in self.models - set(self.gone):
@@ -2974,36 +2968,14 @@ class _Doubt:
 
 
 def _demo(stack: contextlib.ExitStack) -> int:
-    """A run against a rate-limited server in this process."""
-    import socketserver
-    rate, prompts, lock = 8, 40, threading.Lock()
-    full = [0.0]  # when the bucket is full again
-
-    class Handler(socketserver.StreamRequestHandler):
-        def handle(self) -> None:
-            while self.rfile.readline():
-                size = int(http.client.parse_headers(self.rfile)["content-length"])
-                self.rfile.read(size)
-                status, value = 429, {"error": {}}  # type: int, Any
-                with lock:
-                    soonest = max(full[0], time.monotonic()) + 1 / rate
-                    if soonest <= time.monotonic() + 1.0:
-                        status, full[0] = 200, soonest
-                if status == 200:
-                    time.sleep(0.3)
-                    value = {"choices": [{"message": {"content": "Hello."}}],
-                             "usage": {"prompt_tokens": 6, "completion_tokens": 8}}
-                body = json.dumps(value).encode()
-                self.wfile.write(b"HTTP/1.1 %d -\r\nContent-Length: %d\r\n\r\n%s" % (
-                    status, len(body), body))
-
-    server = socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler)
+    """Prompts to a rate-limited server in this process: a line a second, the sum."""
+    rate, prompts, began = 8, 40, time.monotonic()
+    server = _demo_server(rate)
     stack.callback(server.server_close)
     stack.callback(server.shutdown)
     threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
     print("%d prompts, 20 at once, to a server that allows %d requests a second" % (
         prompts, rate), flush=True)
-    began = time.monotonic()
     client = Client(api_key="none", model="demo-model", max_concurrency=20,
                     base_url="http://127.0.0.1:%d/v1" % server.server_address[1])
     stack.callback(client.close)
@@ -3018,6 +2990,29 @@ def _demo(stack: contextlib.ExitStack) -> int:
     print("%s\n%d answered, %d lost, %.1f s" % (
         client.metrics, prompts - lost, lost, time.monotonic() - began))
     return int(lost > 0)
+
+
+def _demo_server(rate: int) -> Any:
+    import socketserver
+    lock, full = threading.Lock(), [0.0]  # when the bucket is full again
+
+    class Handler(socketserver.StreamRequestHandler):
+        def handle(self) -> None:
+            while self.rfile.readline():
+                head = http.client.parse_headers(self.rfile)
+                self.rfile.read(int(head["content-length"]))
+                with lock:
+                    soonest = max(full[0], time.monotonic()) + 1 / rate
+                    is_allowed = soonest <= time.monotonic() + 1.0
+                    full[0] = soonest if is_allowed else full[0]
+                time.sleep(0.3 * is_allowed)
+                body = json.dumps({
+                    "choices": [{"message": {"content": "Hello."}}],
+                    "usage": {"prompt_tokens": 6, "completion_tokens": 8}}).encode()
+                self.wfile.write(b"HTTP/1.1 %d -\r\nContent-Length: %d\r\n\r\n%s" % (
+                    200 if is_allowed else 429, len(body), body))
+
+    return socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler)
 
 
 if __name__ == "__main__":

@@ -2281,7 +2281,7 @@ class Prompts(CommandLine):
 
     def test_have_their_places_even_after_a_stop(self):
         """However a run ends, the array has a place for every prompt, null without an answer."""
-        tired = self.tiring(status(401, "bad key"))
+        tired = self.tiring(status(401, "bad key"), 10)
         with self.serve(forever=lambda request: reply("0") if request.prompt == "0" else (
                 tired(request))):
             out = self.cli("-c", "1", *map(str, range(30)), expect=3)
@@ -2685,16 +2685,19 @@ class AnAccident(CommandLine):
         os.environ.update(LC_ALL="C", PYTHONCOERCECLOCALE="0", PYTHONUTF8="0")
         os.environ.pop("PYTHONIOENCODING", None)
         with self.serve(forever=reply_echo) as server:
-            out = self.finish(self.start("-q", "Grüße 漢".encode()), 0)
+            out = self.finish(self.start("-q", "--system", "é".encode(), "--param",
+                                         "user=ü".encode(), "Grüße 漢".encode()), 0)
         self.assertEqual(server.requests[0].prompt, "Grüße 漢")
+        self.assertEqual((server.requests[0].body["messages"][0]["content"],
+                          server.requests[0].body["user"]), ("é", "ü"))
         self.assertEqual(out.decode(), '["Grüße 漢"]\n')
 
 
 class ASignal(CommandLine):
 
     def test_lets_what_is_in_flight_come_back(self):
-        """Nothing more is sent, not even again; what was sent is written; 130 or 143."""
-        for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+        """Nothing more is sent, not even again; what was sent is written; 128 + N."""
+        for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)):
             def late(request):
                 server.await_requests(2)
                 time.sleep(0.3)
@@ -2737,16 +2740,43 @@ class ASignal(CommandLine):
             process.send_signal(signal.SIGINT)
             process.wait(TIMEOUT)  # stdin is closed later
             self.finish(process, 130)
-        cases = [("fifo1",), ("fifo2", "--dry-run")]
+        cases = [("fifo1",), ("fifo2", "--dry-run"), ("fifo3", "--shard", "1/1")]
         for name, *_ in cases:
             os.mkfifo(name)
         cases = [(name, self.start("-i", name, *argv)) for name, *argv in cases]
         for name, process in cases:
             with open(name, "wb"):  # which waits for its reader
                 time.sleep(0.1)
-                process.send_signal(signal.SIGINT)
+                process.send_signal(signal.SIGTERM if name == "fifo2" else signal.SIGINT)
                 process.wait(5)
-            self.finish(process, 130)
+            self.finish(process, 143 if name == "fifo2" else 130)
+
+    def test_is_ignored_where_it_was(self):
+        """As under nohup, or behind an & of a shell: it ends nothing."""
+        ignoring = ("import os, signal, sys\nfor n in (1, 2): signal.signal(n, signal.SIG_IGN)\n"
+                    "os.execv(sys.argv[1], sys.argv[1:])")
+        self.write("in", rows(2))
+        with self.serve(forever=lambda request: time.sleep(0.3) or reply_echo(request)) as server:
+            process = self.start("-i", "in", "-o", "out", wrap=(sys.executable, "-c", ignoring))
+            server.await_requests(1)
+            process.send_signal(signal.SIGHUP)
+            process.send_signal(signal.SIGINT)
+            self.finish(process, 0)
+
+    def test_leaves_a_few_seconds_to_what_is_in_flight(self):
+        """What has not come back by then is given up, and left to the next run."""
+        self.write("in", rows(3))
+        with self.serve(forever=lambda request: (
+                reply_echo(request) if request.prompt == "p0" else stall())):
+            kill = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM))
+            kill.start()
+            with unittest.mock.patch.object(cometlimit, "_GRACE", 0.4):
+                began = time.monotonic()
+                self.cli("-i", "in", "-o", "out", expect=143)
+            self.assertTrue(0.6 < time.monotonic() - began < 3.0)
+            kill.join()
+        self.assertEqual(self.answers(), [("r0", "p0")])
+        self.assertIn("stopped: SIGTERM", self.err)
 
 
 class AStop(CommandLine):
@@ -2819,7 +2849,7 @@ class AStop(CommandLine):
             self.fast_clock(50.0)
             self.cli("-i", "in", "-o", "out", expect=3)
             self.assertIn("no connection to " + place, self.err)
-            with unittest.mock.patch.multiple(cometlimit, _UNREACHED=0.5, _PLAIN=0.2):
+            with unittest.mock.patch.multiple(cometlimit, _UNREACHED=0.02, _PLAIN=0.2):
                 self.real_time()
                 self.cli("--max-retries", "9", "-i", "in", "-o", "out", expect=3)
             self.assertRegex(self.err, "0/40 done, 0.0/s, no connection to %s\n" % place)
@@ -3104,7 +3134,7 @@ class TheScreen(CommandLine):
         ids = ", ".join("r%d" % n for n in range(3, 13))
         text = " ".join(self.err.split())
         self.assertIn("17 x http_422 (%s, ...): HTTP 422: word word" % ids, text)
-        self.assertIn("of the answers: 1 without text, 1 cut off by a length limit", text)
+        self.assertIn("answers without text: 1; cut off by a length limit: 1", text)
         self.assertLessEqual(max(map(len, self.err.split("tokens: ")[0].split("\n"))), 80)
 
 
@@ -3227,9 +3257,11 @@ class AChange(CommandLine):
         self.write("in", rows(9))
         self.write("out", [])
         os.chmod("out", 0o640)
+        sync = unittest.mock.patch.object(os, "fsync", wraps=os.fsync)
         with self.serve(forever=lambda request: (
-                time.sleep(0.1 * (request.prompt == "p0")) or reply_echo(request))):
+                time.sleep(1.2 * (request.prompt == "p0")) or reply_echo(request))), sync as sync:
             self.cli("-i", "in", "-o", "out")
+        self.assertGreaterEqual(sync.call_count, 4)  # at first, after a second, twice at the end
         self.assertEqual(os.stat("out").st_mode & 0o777, 0o640)
         self.assertEqual([name for name, _ in self.answers()], ["r%d" % n for n in range(9)])
         self.assertEqual(sorted(os.listdir(".")), ["in", "out"])
