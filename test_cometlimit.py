@@ -925,7 +925,7 @@ class AFailure(Case):
         self.assert_error(error, cometlimit.RateLimitError,
                           "HTTP 429 rate_limit_exceeded: " + said["message"], status_code=429,
                           retry_after=7.0, request_id="b", body={"error": said}, attempts=1, **said)
-        page = "a web page came from %s/chat/completions: check the base URL (is /v1 missing?): "
+        page = "a web page from %s/chat/completions: check the base URL (is /v1 missing?): "
         refused, nothing = cometlimit.APIStatusError, cometlimit.APIResponseError
         for line, kind, text in (
                 (status(500), refused, "500: an empty body"), (status(200), nothing,
