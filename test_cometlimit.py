@@ -3301,7 +3301,8 @@ class TheReadme(CommandLine):
     def test_shows_programs_that_run(self):
         """Each block of Python runs as it stands, and the first one prints what is shown."""
         shown = self.blocks("text")[0]
-        self.write("questions.csv", b"question\nSay hello.\n")
+        with open("questions.csv", "w") as file:
+            file.write("question\nSay hello.\n")
         for number, block in enumerate(self.blocks("python")):
             with self.subTest(block=block):
                 printed = self.run_block([sys.executable, "-W", "error", "-"], block)
