@@ -2155,7 +2155,7 @@ class _Input:
                 yield None
                 continue
             text, number = _strip(line), number + 1
-            quoted += bool(_is_csv(text))
+            quoted += text[:1] != b"{" and bool(_is_csv(text))
             if quoted > 1:
                 raise ConfigurationError('the input is CSV: write {"prompt": ...} rows')
             for matches, what in _NO_ROWS if text and not count else ():
