@@ -1197,8 +1197,8 @@ class AStreamOfEvents(Understood):
             calls = [dict({"id": name, "function": {"name": name}}, **index) for name in "ab"]
             done = self.understand(200, events(*[chunk({"tool_calls": [call]}) for call in calls]
                                                + [STOP])).outcome
-            self.assertEqual(done.body["choices"][0]["message"]["tool_calls"], [
-                {"id": name, "function": {"name": name}} for name in "ab"])
+            self.assertEqual(done.body["choices"][0]["message"], {"content": None, "tool_calls": [
+                {"id": name, "function": {"name": name}} for name in "ab"]})
 
     def test_is_read_in_every_form(self):
         """Line ends, heartbeats, names, no [DONE], a cut behind the finish_reason."""
@@ -1210,7 +1210,7 @@ class AStreamOfEvents(Understood):
                 ": ping\n\n" + hello.replace("\n\n", "\n\n: ping\n\ndata:\n\n"),
                 hello.replace("data:", "event: message\nid: 1\nretry: 5\ndata:"),
                 events(HEL, "keep-alive", LO, STOP), events(HEL, LO, STOP, chunk()),
-                events(chunk({"content": "Hel"}, ""), LO, STOP),
+                events(HEL, LO, STOP, chunk(finish="")),
                 events(dict(HEL, error=None), LO, STOP),
                 events({"choices": [{"message": {"content": "Hello"}, "finish_reason": "stop"}]}),
                 events(*[{"choices": [{"delta": {"content": text}, "finish_reason": end}]}
