@@ -1661,8 +1661,9 @@ def _value(text: str, streamed: bool) -> Any:
         data["choices"] = sorted(data.get("choices") or (), key=lambda choice: str(
             choice.get("index")).zfill(9))
         for one in data["choices"]:
-            one.setdefault("message", dict({"content": None}, **one.pop("delta", {})))
-        # [DONE] proves no end; but what nobody asked for would come again the same.
+            delta = one.pop("delta", None) or {}
+            one.setdefault("message", dict({"content": None}, **delta))
+        # [DONE] proves no end, but what nobody asked for would come again the same
         if not streamed and text.endswith("[DONE]") or all(
                 choice.get("finish_reason") for choice in data["choices"]):
             return dict(data, object="chat.completion")

@@ -1210,6 +1210,8 @@ class AStreamOfEvents(Understood):
                 ": ping\n\n" + hello.replace("\n\n", "\n\n: ping\n\ndata:\n\n"),
                 hello.replace("data:", "event: message\nid: 1\nretry: 5\ndata:"),
                 events(HEL, "keep-alive", LO, STOP), events(HEL, LO, STOP, chunk()),
+                events({"choices": [{"delta": None, "message": {"content": "Hello"},
+                                     "finish_reason": "stop"}]}),
                 events(HEL, LO, STOP, chunk(finish="")),
                 events(dict(HEL, error=None), LO, STOP),
                 events({"choices": [{"message": {"content": "Hello"}, "finish_reason": "stop"}]}),
