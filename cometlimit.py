@@ -1524,8 +1524,7 @@ def _failure(answer: _Answer, text: str, missing: str, data: Any,
             said = hide(what) + said
     elif answer.status < 400:
         said = "a redirect, which is not followed: check the base URL"
-    tries = {"true": math.inf, "false": 1}.get(
-        answer.headers.get("x-should-retry", ""), tries)
+    tries = {"true": math.inf, "false": 1}.get(answer.headers["x-should-retry"], tries)
     return _Verdict(kind(
         " ".join(("HTTP %d %s" % (answer.status, words.get("code", ""))).split()) + ": "
         + said, status_code=answer.status, body=_loosely(body), retryable=tries > 1,
@@ -1661,8 +1660,7 @@ def _value(text: str, streamed: bool) -> Any:
         data["choices"] = sorted(data.get("choices") or (), key=lambda choice: str(
             choice.get("index")).zfill(9))
         for one in data["choices"]:
-            delta = one.pop("delta", None) or {}
-            one.setdefault("message", dict({"content": None}, **delta))
+            one.setdefault("message", dict({"content": None}, **one.pop("delta", 0) or {}))
         # [DONE] proves no end, but what nobody asked for would come again the same
         if not streamed and text.endswith("[DONE]") or all(
                 choice.get("finish_reason") for choice in data["choices"]):
