@@ -2840,16 +2840,18 @@ class _Job:
     def _finish(self, call: Future) -> None:
         n, row = self.calls.pop(call)
         outcome: Any = call.exception() or call.result()
+        model, doubt = self.models[n], self.doubt
         if isinstance(outcome, Completion):
-            if self.doubt.dismiss(self.models[n]):
-                self.cursors = [0, 0, 0]  # the rows that were passed over are asked now
+            is_changed = doubt.dismiss(model)
         else:
             if re.search(r"; come back at \d\d:\d\d$", str(outcome)):
                 self._stop(str(outcome))
-            self.doubt.count(n, self.models[n], outcome, self.screen.is_reached)
-            if len(self.doubt.gone) >= 3 and not self.screen.answers:
-                self._stop(self.doubt.gone[self.models[n]])
-        self.doubt.samples.discard(n)
+            is_changed = doubt.count(n, model, outcome, self.screen.is_reached)
+            if is_changed and len(doubt.gone) >= 3 and not self.screen.answers:
+                self._stop(doubt.gone[model])
+        if is_changed:
+            self.cursors = [0, 0, 0]  # rows that were passed over are looked at again
+        doubt.samples.discard(n)
         if self.reason and isinstance(outcome, Error) and (
                 outcome.retryable or outcome.code == "cancelled"):
             return  # left to the next run
@@ -2934,18 +2936,21 @@ class _Doubt:
         self.gone: Dict[str, str] = {}  # models that were given up, and why
         self.spot = 0
 
-    def count(self, n: int, model: str, error: Error, is_reached: bool) -> None:
+    def count(self, n: int, model: str, error: Error, is_reached: bool) -> bool:
+        """A failure came. Returns whether the model is given up by it."""
         if not (error.retryable or error.status_code in _SHARED
                 or isinstance(error, (APIConnectionError, APIResponseError))):
-            return
+            return False
         is_sample = n in self.samples
         key = model, _code(error), is_sample
         self.alike[key] += 1
         if not is_sample and self.alike[key] >= _ALIKE:
             self.models.add(model)
-        elif is_sample and self.alike[key] >= (
+        if not is_sample or self.alike[key] < (
                 _PATIENCE if error.retryable and is_reached else _ALIKE):
-            self.gone[model] = "rows of %s fail alike: %s" % (model, error)
+            return False
+        self.gone[model] = "rows of %s fail alike: %s" % (model, error)
+        return True
 
     def dismiss(self, model: str) -> bool:
         """An answer came. Returns whether the model was in doubt."""
@@ -2953,6 +2958,7 @@ class _Doubt:
             del self.alike[key]
         was_in_doubt = model in self.models
         self.models.discard(model)
+        self.gone.pop(model, None)
         return was_in_doubt
 
     def width(self, most: int) -> int:

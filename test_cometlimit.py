@@ -2385,6 +2385,15 @@ class AStop(CommandLine):
             self.assertEqual(self.answers("piped")[-30:],
                              [("r%d" % n, "p%d" % n) for n in range(110, 140)])
 
+    def test_comes_where_no_model_is_there(self):
+        """A wrong key in a file of many models: three of them are tried, and 3."""
+        self.write("in", [dict(row, model="m%d" % (n % 20)) for n, row in enumerate(rows(400))])
+        tired = self.tiring(status(401, "bad key"), 100)
+        with self.serve(forever=tired) as server:
+            self.cli("-i", "in", "-o", "out", expect=3)
+            self.assertLess(len(server.requests), 200)
+        self.assertIn("stopped: rows of m", self.err)
+
     def test_has_patience_with_failures_that_may_pass(self):
         """Fifty samples, where a server that has answered is down for a while."""
         self.write("in", rows(80))
