@@ -2156,18 +2156,17 @@ _is_csv = re.compile(br'(?=.*")("(""|[^"])*"|[^",]+)(,("(""|[^"])*"|[^",]*))*$')
 class _Input:
     """The lines with rows: of a file, which can be read again, a pipe, or prompts.
 
-    A file is read no further than it was long at the start: rows that are appended
-    meanwhile are left to the next run.
+    Of a file, the rows that were there at the start are asked: those that are appended
+    later are left to the next run.
     """
 
     def __init__(self, fd: int, prompts: List[str]) -> None:
         self.fd, self.start, self.is_json = fd, 0, False
         text = "\n".join(json.dumps({"prompt": prompt}) for prompt in prompts).encode()
-        self.end = len(text)
         self.read: Callable[[int, int], bytes] = lambda size, at: text[at:at + size]
         self.is_pipe = not prompts and not os.path.isfile(fd)
         if not (prompts or self.is_pipe):
-            self.start, self.end = os.lseek(fd, 0, os.SEEK_CUR), os.fstat(fd).st_size
+            self.start = os.lseek(fd, 0, os.SEEK_CUR)
             self.read = functools.partial(os.pread, fd)
         self.index = array.array("q")  # number, start and size of each row's line
         self.lines: Dict[int, Tuple[int, bytes]] = {}  # of a pipe: not asked yet
@@ -2214,8 +2213,7 @@ class _Input:
             if self.is_pipe and not select.select([self.fd], [], [], 0)[0]:
                 yield None
                 continue
-            data = os.read(self.fd, 1 << 16) if self.is_pipe else self.read(
-                min(1 << 16, self.end - at), at)
+            data = os.read(self.fd, 1 << 16) if self.is_pipe else self.read(1 << 16, at)
             at, lines = at + len(data), data.split(b"\n")
             parts.append(lines[0])
             if not data or len(lines) > 1:

@@ -2029,6 +2029,21 @@ class OutputRows(CommandLine):
         self.assertEqual(sorted(os.listdir(".")), ["in", "out", "piped"])
 
 
+    def test_wait_for_a_slow_one_in_bounds(self):
+        """In a pipe a result waits for those before it: 16 for each request in flight."""
+        self.write("in", rows(80))
+        asked = []
+
+        def late(request):
+            if request.prompt == "p0":
+                time.sleep(0.8)
+                asked.append(len(server.requests))
+            return reply_echo(request)
+        with self.serve(forever=late) as server:
+            self.cli("-c", "2", "-i", "in", "-o", "-")
+        self.assertTrue(20 < asked[0] <= 33, asked)
+
+
 class AResumedRun(CommandLine):
 
     def setUp(self):
@@ -2266,7 +2281,7 @@ class ASignal(CommandLine):
                 self.finish(process, code)
                 self.assertEqual(len(server.requests), 2)
                 self.assertEqual(self.answers()[0], ("r0", "p0"))
-                self.assertIn("to go on", self.err)
+                self.assertRegex(self.err, r"(?s)^stopping: 2 in flight, 5 s\n.*to go on")
                 os.unlink("out")
 
     def test_that_comes_twice_ends_at_once(self):
@@ -2417,7 +2432,7 @@ class AStop(CommandLine):
             with unittest.mock.patch.multiple(cometlimit, _UNREACHED=0.02, _PLAIN=0.2):
                 self.real_time()
                 self.cli("--max-retries", "9", "-i", "in", "-o", "out", expect=3)
-            self.assertRegex(self.err, "0/40 done, 0.0/s, no connection to %s\n" % place)
+            self.assertRegex(self.err, "0/40 done, 0.0/s, .*no connection to %s\n" % place)
             self.assertRegex(self.err, "never reached: no connection to %s\n" % place)
 
     def test_comes_at_once_with_a_wish_for_hours(self):
