@@ -30,7 +30,6 @@ Version 2.0.0. Home: https://github.com/cometlimit/cometlimit
 """
 import array
 import binascii
-import bisect
 import collections
 import contextlib
 import copy
@@ -390,10 +389,10 @@ class _Call:
         self.changed = threading.Condition(pool.lock)  # has its turn, or is given up
         self.given_up = ""           # why
         self.since = _now()          # when it began to wait
-        self.place = (0, 0)          # among the calls that wait for their turn
+        self.place = 0               # among the calls that wait for their turn
         self.ticket: Any = None      # the throttle's, while in flight
         self.sent = 0                # its number among the model's requests
-        self.refused = math.inf      # that number when it was last refused
+        self.refused = math.inf      # that number when it was first refused
         self.attempts = 0
         self.records: Tuple[Record, ...] = ()
         self.request: Optional[_Request] = None  # the last one
@@ -410,7 +409,8 @@ class _Model:
         self.executor = ThreadPoolExecutor(2 * client.max_concurrency, "cometlimit")
         self.has_threads = False
         self.throttle = Throttle(client.max_delay, _random)
-        self.waiting: List[Tuple[Tuple[int, int], _Call]] = []  # by their places
+        self.new: Deque[_Call] = collections.deque()      # for the threads that get free
+        self.waiting: Deque[_Call] = collections.deque()  # with a thread, for their turn
         self.sent = self.answered = 0       # requests; the latest with an answer
         self.answered_at = -math.inf        # when that came
         self.stream: Optional[bool] = None  # True: it needs streams; False: it has none
@@ -442,28 +442,30 @@ class _Pool:
             model = self.models.get(name) or self.models.setdefault(
                 name, _Model(name, self.client))
             call = _Call(self, model, payload, tag)
-            call.place = (next(self.gate.numbers), 0)  # behind all others
+            model.new.append(call)
             self.calls[call] = None
         future: Future = call.future
         future.add_done_callback(lambda future: self.give_up(
             [call], "nobody waits for it any more") if future.cancelled() else None)
         try:
-            model.executor.submit(self._carry, call)
+            model.executor.submit(self._carry, model)
             model.has_threads = True
         except RuntimeError as fault:
             if not (model.has_threads and "new thread" in str(fault)):
-                self.give_up([call], "no thread can be started to send it: %s" % fault)
+                model.new.remove(call)
                 self.calls.pop(call, None)
-                raise Error(call.given_up, code="no_thread") from None
+                raise Error("no thread can be started to send it: %s" % fault,
+                            code="no_thread") from None
         return future  # where no more threads can be started, one there is takes it
 
-    def _carry(self, call: _Call) -> None:
+    def _carry(self, model: _Model) -> None:
         """The backoff loop: it carries a call from its first turn to its outcome.
 
         It waits for a turn, makes an attempt, learns, decides, backs off, and again.
         """
         outcome: Optional[Outcome] = None
         self.workers.add(threading.get_ident())
+        call = self.gate.first(model)
         while self.gate.turn(call):
             verdict = self._attempt(call)
             self._learn(call, verdict)
@@ -576,7 +578,8 @@ class _Pool:
             else:
                 wish = outcome.retry_after if isinstance(outcome, Error) else None
                 throttle.refused(call.ticket, now, load, wish)
-            call.refused = call.refused if load is None else call.sent
+            if load is not None:
+                call.refused = min(call.refused, call.sent)
             stats = self.metrics[self.endpoint.route, model.name]
             stats.rate, stats.window = throttle.rate, throttle.window
             stats.chance = throttle.chance
@@ -682,17 +685,26 @@ class _Gate:
     def __init__(self, client: Client, lock: threading.Lock,
                  models: Dict[str, _Model]) -> None:
         self.client, self.lock, self.models = client, lock, models
-        self.numbers = itertools.count()
-        self.entered = self.in_flight = 0  # the latest of the new calls that came here
-        self.next_at = 0.0                 # nothing leaves before, for max_rate
+        self.places = itertools.count()
+        self.in_flight = 0
+        self.next_at = 0.0        # nothing leaves before, for max_rate
         self.watcher: Optional[_Call] = None
-        self.wakes_at = math.inf           # when the watcher looks again
+        self.wakes_at = math.inf  # when the watcher looks again
+
+    def first(self, model: _Model) -> _Call:
+        """The oldest new call, which from now on waits for its turn."""
+        with self.lock:
+            call = model.new.popleft()
+            self._enter(call)
+            return call
+
+    def _enter(self, call: _Call) -> None:
+        call.place = next(self.places)
+        call.model.waiting.append(call)
 
     def turn(self, call: _Call) -> bool:
         """Wait until the call may be sent; False when it may not be any more."""
         with self.lock:
-            self.entered = max(self.entered, call.place[0])
-            bisect.insort(call.model.waiting, (call.place, call))
             while call.ticket is None and not call.given_up and _now() < call.expires:
                 due = self._admit()
                 if call.ticket is None:
@@ -705,22 +717,23 @@ class _Gate:
             return call.ticket is not None
 
     def strike_off(self, call: _Call) -> None:
-        """Whoever is given up must not get a turn before it has gone."""
+        """What was given up must not get a turn while its thread wakes."""
         with contextlib.suppress(ValueError):
-            call.model.waiting.remove((call.place, call))
+            call.model.waiting.remove(call)
 
     def leave(self, call: _Call) -> None:
-        """Its attempt has ended. If it comes again it follows those that wait now."""
+        """The call's attempt has ended."""
         call.ticket, call.since = None, _now()
-        call.place = (self.entered, next(self.numbers))
         self.in_flight -= 1
         self._look()
 
     def back_off(self, call: _Call, pause: float) -> None:
+        """Wait; then the call waits for another turn, behind those that do already."""
         due = _now() + pause
         with self.lock:
             while not call.given_up and _now() < due:
                 _wait(call.changed, due - _now())
+            self._enter(call)
 
     def _admit(self) -> float:
         """Give every turn that is due. Returns the seconds until the next may be;
@@ -732,11 +745,12 @@ class _Gate:
                     wait = max(model.throttle.wait(now), self.next_at - now)
                     if wait > 0.0:
                         due = min(due, wait)
-                    elif first is None or model.waiting[0] < first.waiting[0]:
+                    elif (first is None
+                          or model.waiting[0].place < first.waiting[0].place):
                         first = model
             if first is None:
                 return due
-            self._send(first.waiting.pop(0)[1], now)
+            self._send(first.waiting.popleft(), now)
         return math.inf
 
     def _send(self, call: _Call, now: float) -> None:
@@ -770,7 +784,7 @@ class _Gate:
                 self.watcher.changed.notify()
         elif due < math.inf:
             first = next(model for model in self.models.values() if model.waiting)
-            first.waiting[0][1].changed.notify()
+            first.waiting[0].changed.notify()
 
 
 # The throttle
@@ -1429,13 +1443,11 @@ _MINIMAX = {"1002": "429", "1004": "401", "1008": "402"}  # statuses as it codes
 _NAMES = {"code": "code", "status_code": "code", "type": "type", "param": "param",
           "message": "message", "msg": "message", "status_msg": "message"}
 _MAX_DEPTH = 200        # json recurses in C: a hostile answer could overrun a stack
-_MAX_LINES = 1 << 20    # of a stream: each costs time, even an empty one
 _MAX_WISH = 31 * 86400  # seconds: whoever asks to wait longer means something else
 _TOO_LONG = "more than %d MiB" % (_MAX_ANSWER >> 20)
 _STREAM = re.compile("(data|event|id|retry)?:")  # how server-sent events begin
-_UNITS = {"ms": 0.001, "millisecond": 0.001, "s": 1.0, "sec": 1.0, "second": 1.0,
-          "m": 60.0, "min": 60.0, "minute": 60.0, "h": 3600.0, "hr": 3600.0,
-          "hour": 3600.0, "d": 86400.0, "day": 86400.0}
+_UNITS = {"ms": 0.001, "millisecond": 0.001, "s": 1, "sec": 1, "second": 1, "m": 60,
+          "min": 60, "minute": 60, "h": 3600, "hr": 3600, "hour": 3600, "day": 86400}
 _NUMBER = r"([0-9]{1,15}(?:\.[0-9]{1,15})?)"
 _SPAN = r"%s\s*(%s)s?(?![a-z])" % (_NUMBER, "|".join(_UNITS))
 # "Please try again in 7m12s", "wait 1 minute and 6 seconds", "retryDelay": "37s"
@@ -1449,7 +1461,6 @@ _IN_FIELDS = re.compile(
 
 
 class _Answer(NamedTuple):
-    """What came back for a request."""
     status: int
     headers: http.client.HTTPMessage
     body: bytes    # longer than _MAX_ANSWER: there is more, which was not read
@@ -1457,7 +1468,6 @@ class _Answer(NamedTuple):
 
 
 class _Verdict(NamedTuple):
-    """What an attempt came to."""
     outcome: Union[Completion, Error]
     tries: float = 1  # attempts in all that a call may make while it fails like this
     load: Optional[int] = None  # a refusal's status, where it says something about load
@@ -1467,9 +1477,7 @@ def _understand(answer: _Answer, hide: Callable[[str], str], url: str,
                 streamed: bool = True) -> _Verdict:
     """The Completion that an answer holds, or the Error that it stands for.
 
-    What came whole is paid for, so it is read if it can be read. `hide` takes the key
-    out of the server's words; `url` is what was asked, `streamed` whether for a stream.
-    """
+    `hide` takes the key out of a text; `streamed` tells what was asked for."""
     text, missing = _text(answer)
     data = _value(text, streamed)
     if 200 <= answer.status < 300 and not _trouble(data):
@@ -1483,8 +1491,7 @@ def _completion(data: Any, request_id: Optional[str]) -> Completion:
     choice, usage = data["choices"][0], data.get("usage")
     text, reason = choice["message"].get("content"), choice.get("finish_reason")
     if isinstance(text, list):  # of parts, as some gateways have it
-        text = "".join(str(part.get("text") or "") for part in text
-                       if isinstance(part, dict))
+        text = "".join(part.get("text") or "" for part in text)
     return Completion(
         text if isinstance(text, str) else "", str(data.get("model") or ""),
         reason if isinstance(reason, str) else None,
@@ -1519,8 +1526,8 @@ def _failure(answer: _Answer, text: str, missing: str, data: Any,
     if answer.status < 300:
         kind = APIResponseError
         if trouble is None:
-            load, (tries, form) = None, _no_answer(answer, text, missing, data, url)
-            said = hide(form) + said
+            load, (tries, what) = None, _no_answer(answer, text, missing, data, url)
+            said = hide(what) + said
     elif answer.status < 400:
         said = "a redirect, which is not followed: check the base URL"
     tries = {"true": math.inf, "false": 1}.get(
@@ -1536,31 +1543,34 @@ def _failure(answer: _Answer, text: str, missing: str, data: Any,
 
 def _no_answer(answer: _Answer, text: str, missing: str, data: Any,
                url: str) -> Tuple[float, str]:
-    """How often to try for a 2xx that holds neither answer nor error; what it is."""
-    page = text[:1] == "<" or "html" in answer.headers.get("content-type", "").lower()
-    return next((tries, words) for holds, tries, words in (
-        (missing == _TOO_LONG, 1, "an answer of %s: " % missing),
-        (not text, math.inf, ""),
-        (_STREAM.match(text), math.inf, "a stream without a finish_reason: "),
-        (isinstance(data, dict), 2, "an answer without choices: "),
-        (isinstance(data, str) and missing, math.inf, "cut off (%s): " % missing),
-        (page, 1, "a web page came from %s: check the base URL (is /v1 missing?): "
-         % url),
-        (True, 1, "")) if holds)
+    """How often to try for a 2xx with neither an answer nor an error; what it is."""
+    if missing == _TOO_LONG:
+        return 1, "an answer of %s: " % missing
+    if not text or _STREAM.match(text):
+        return math.inf, text and "a stream without a finish_reason: "
+    if isinstance(data, dict):
+        return 2, "an answer without choices: "
+    if isinstance(data, str) and missing:
+        return math.inf, "cut off (%s): " % missing
+    if text[0] == "<" or "html" in answer.headers.get("content-type", "").lower():
+        return 1, ("a web page came from %s: check the base URL (is /v1 missing?): "
+                   % url)
+    return 1, ""
 
 
 def _again(status: int, words: Dict[str, str]) -> Tuple[float, Optional[int]]:
     """How many attempts a failure deserves, and the load that it shows."""
-    code, kind, param, message = (
-        words.get(name, "") for name in ("code", "type", "param", "message"))
-    own = param if code == "bad_response_status_code" else ""  # a gateway got this one
+    code, kind = words.get("code", ""), words.get("type", "")
+    # A gateway may put the status that it got itself into `param`.
+    own = words.get("param", "") if code == "bad_response_status_code" else ""
     if status < 300:
         own = _MINIMAX.get(code, own or code)
         status = 429 if re.search("(?i)rate_?limit|too_?many_?req", code + kind) else 0
     if re.match("[1-5][0-9][0-9]$", own):
         status = int(own)
-    if ({code.lower(), kind.lower()} & (_NO_MODEL if status == 429 else PERMANENT)
-            or _speaks_of_money(code, kind) or status == 429 and _is_too_large(message)):
+    lasting = _NO_MODEL if status == 429 else PERMANENT
+    if ({code.lower(), kind.lower()} & lasting or _speaks_of_money(code, kind)
+            or status == 429 and _is_too_large(words.get("message", ""))):
         return 1, None
     if status in (0, 408):  # 408 says that one request was slow
         return math.inf, None
@@ -1576,10 +1586,10 @@ def _is_too_large(message: str) -> bool:
     """Whether a request exceeds the limit itself: then it never passes."""
     found = re.search(r"(?i)limit\W{1,3}([0-9][0-9,.]{0,20}).{0,80}requested\W{1,3}"
                       r"([0-9][0-9,.]{0,20})", message)
-    if found:  # "Limit 10,000, Requested 44,975."
-        most, size = (int(re.sub(r"\D", "", number)) for number in found.groups())
-        return size > most
-    return bool(re.search("(?i)request too large|reduce the length", message))
+    if not found:  # with numbers such as "Limit 10,000, Requested 44,975."
+        return "request too large" in message.lower()
+    most, size = (int(re.sub(r"\D", "", number)) for number in found.groups())
+    return size > most
 
 
 def _words(value: Any) -> Dict[str, str]:
@@ -1590,12 +1600,8 @@ def _words(value: Any) -> Dict[str, str]:
         if isinstance(value, list) and value:
             value = value[0]
         if isinstance(value, str) and depth:  # else it is the whole body
-            inner = _loosely(value[value.find("{"):])
-            if not isinstance(inner, dict):
-                found.setdefault("message", value)
-                if re.match("[a-z]+(_[a-z]+)+$", value):
-                    found.setdefault("code", value)
-            value = inner
+            found.setdefault("message", value)
+            value = _loosely(value[value.find("{"):])
         if not isinstance(value, dict):
             break
         for name, word in value.items():
@@ -1608,17 +1614,15 @@ def _words(value: Any) -> Dict[str, str]:
 
 def _request_id(answer: _Answer, message: str = "") -> str:
     """To quote to the provider. Chained gateways each add theirs: the last is ours."""
-    ids = map(answer.headers.get, ("x-request-id", "x-cometapi-request-id",
-                                   "x-oneapi-request-id", "request-id"))
-    return next(filter(None, ids), None) or "".join(
-        re.findall(r"\(request id: ([^)\s]{1,200})\)", message)[-1:])
+    ids = [answer.headers.get(name) for name in (
+        "x-request-id", "x-cometapi-request-id", "x-oneapi-request-id", "request-id")]
+    ids += re.findall(r"\(request id: ([^)\s]{1,200})\)", message)[-1:]
+    return next(filter(None, ids), "")
 
 
 def _wish(headers: http.client.HTTPMessage, said: str) -> float:
     """The seconds that a server asks to wait, the longest of several; 0.0 for none.
-
-    Gateways drop headers but hand bodies on: the error's words count as much.
-    """
+    Gateways drop headers but hand bodies on: the error's words count as much."""
     now = _timestamp(headers.get("date", "")) or _wall()  # ours may differ
     asked = [pair for pair in headers.items() if "retry-after" in pair[0].lower()]
     said = "".join("%s: %s; " % pair for pair in asked) + said
@@ -1659,45 +1663,36 @@ def _text(answer: _Answer) -> Tuple[str, str]:
 
 
 def _value(text: str, streamed: bool) -> Any:
-    """The value of a body that is JSON or a stream of it; other text as it stands.
-
-    A stream that breaks off may say [DONE] all the same, so only a finish_reason proves
-    its end. One that nobody asked for would come again: there [DONE] has to do.
-    """
+    """The value of a body that is JSON or a stream of it; other text as it stands."""
     if not _STREAM.match(text):
         data = _loosely(text)
         return data[0] if isinstance(data, list) and len(data) == 1 else data
     data = _joined(list(_events(text))) or {}
-    choices = data.get("choices")
-    data["object"], data["choices"] = "chat.completion", [
-        choice for choice in (choices if isinstance(choices, list) else ())
-        if isinstance(choice, dict)]
-    data["choices"].sort(key=lambda choice: str(choice.get("index")).zfill(9))
-    for choice in data["choices"]:
-        delta = choice.pop("delta", None)
-        if isinstance(delta, dict):
-            choice.setdefault("message", dict({"content": None}, **delta))
-    whole = not streamed and text.endswith("[DONE]") or all(
-        choice.get("finish_reason") for choice in data["choices"])
-    return data if whole or _trouble(data) else text
+    with contextlib.suppress(TypeError, AttributeError):  # where it is none of chunks
+        data["choices"] = sorted(data.get("choices") or (), key=lambda choice: str(
+            choice.get("index")).zfill(9))
+        for choice in data["choices"]:
+            delta = dict({"content": None}, **choice.pop("delta", {}))
+            choice.setdefault("message", delta)
+        # A stream that breaks off may say [DONE] all the same: only a finish_reason
+        # proves its end. One that nobody asked for would come again without it, too.
+        if not streamed and text.endswith("[DONE]") or all(
+                choice.get("finish_reason") for choice in data["choices"]):
+            return dict(data, object="chat.completion")
+    return data if _trouble(data) else text
 
 
 def _events(text: str) -> Iterator[Dict[str, Any]]:
     """The objects that a stream sends, up to where it breaks off."""
-    kind = ""
-    for found in itertools.islice(re.finditer("[^\r\n]+", text), _MAX_LINES):
-        name, _, line = found.group().partition(":")
-        value = _loosely(line.strip())
-        if name == "event":
-            kind = line.strip()
-        elif name == "data" and isinstance(value, str) and value.startswith("{"):
+    found = re.finditer("(?m)^(event: ?error\n+)?data:(.*)", text.replace("\r", "\n"))
+    for event in itertools.islice(found, 1 << 20):  # even an empty one costs time
+        value = _loosely(event.group(2).strip())
+        if event.group(1) and not (isinstance(value, dict) and value.get("error")):
+            value = {"error": value}
+        if isinstance(value, dict):
+            yield value
+        elif str(value).startswith("{"):
             return  # what follows would leave a hole
-        elif name == "data":
-            if kind == "error" and not (isinstance(value, dict) and value.get("error")):
-                value = {"error": value}
-            if isinstance(value, dict):
-                yield value
-            kind = ""
 
 
 def _joined(parts: List[Any], name: str = "", pieces: bool = False) -> Any:
@@ -1712,19 +1707,18 @@ def _joined(parts: List[Any], name: str = "", pieces: bool = False) -> Any:
         return {field: _joined(values, field, pieces or field in ("delta", "logprobs"))
                 for field, values in fields.items() if field != "index" or not pieces}
     if kind is list and (pieces or name == "choices"):
-        items = itertools.chain.from_iterable(parts)
-        return [_joined(group, "", pieces) for group in _groups(items)]
+        return [_joined(group, "", pieces) for group in _groups(parts)]
     if kind is str and pieces:  # some send a call's name and id again with each part
         once = name in ("role", "id", "type", "name", "format")
         return "".join(dict.fromkeys(parts) if once else parts)
     return next(filter(None, reversed(parts)), parts[-1] if parts else None)
 
 
-def _groups(items: Iterable[Any]) -> Iterable[List[Any]]:
+def _groups(lists: List[List[Any]]) -> Iterable[List[Any]]:
     """Which items are parts of one: those of the same index, until another id comes."""
     groups: Dict[Any, List[Any]] = {}
     ids: Dict[str, str] = {}
-    for number, item in enumerate(items):
+    for number, item in enumerate(itertools.chain.from_iterable(lists)):
         group: Any = number
         if isinstance(item, dict) and {"index", "delta", "function"} & set(item):
             index = str(item.get("index", 0))
@@ -1753,10 +1747,9 @@ def _loosely(text: str) -> Any:
 
 
 def _number(digits: str) -> Any:
-    value = float(digits)  # at once, where int() of a million digits takes minutes
-    if not abs(value) < math.inf:
+    if abs(float(digits)) == math.inf:  # first, as int() of a million digits is slow
         raise ValueError("%.20s is beyond all bounds" % digits)
-    return int(digits) if digits.lstrip("-").isdigit() else value
+    return int(digits) if digits.lstrip("-").isdigit() else float(digits)
 
 
 _decode = json.JSONDecoder(parse_float=_number, parse_int=_number,
@@ -2435,7 +2428,7 @@ class _Checkpoint:
             # Rows of other programs have no mark; version 1.0 made marks that fit none.
             mark = int(found.group(1) or "1", 16) if found else 0
             self.found[name] = place << 64 | mark
-            self.tokens += _tokens(body.get("usage"))
+            self.tokens += _tokens((body or {}).get("usage"))
         elif self.found.get(name, 0) <= 0:
             code = error.get("code") if isinstance(error, dict) else None
             self.found[name] = -(place << 64 | (

@@ -43,6 +43,7 @@ import unittest.mock
 import urllib.parse
 import urllib.request
 import warnings
+import zlib
 import weakref
 
 import cometlimit
@@ -871,60 +872,43 @@ class AFailure(Case):
 
     def test_is_judged_by_its_status(self):
         """Each status of the table is tried again, no other one is."""
-        for code in sorted(RETRIED) + list(GIVEN_UP):
+        retried = RETRIED | {498}  # Groq's
+        for code in sorted(retried | set(GIVEN_UP)):
             with self.subTest(code=code):
-                self.check(code in RETRIED, status(code, headers={"Location": "/v1/other"}))
+                self.check(code in retried, status(code, headers={"Location": "/v1/other"}))
 
-    def test_is_permanent_by_its_body_whatever_its_status(self):
-        """A permanent code or type, in any case of letters, ends it at once."""
-        statuses = itertools.cycle((200, 429, 500, 503))
-        for word in sorted(set(PERMANENT) | cometlimit.PERMANENT):
-            for words in ({"code": word}, {"code": "", "type": word}, {"code": word.upper()}):
-                with self.subTest(**words):
-                    self.check(False, failure(number=next(statuses), **dict({"code": ""}, **words)))
+    def test_is_judged_by_its_meaning(self):
+        """One of each kind, all the way: the tables are below."""
+        money = failure("insufficient_quota", 429)
+        for again, line in (
+                (False, failure("model_not_found", 503)), (False, money),
+                (True, failure("", 429, type="invalid_request_error")),
+                (False, failure("x", 429, message="Limit 10, Requested 20")),
+                (True, status(400, headers={"x-should-retry": "true"})),
+                (False, status(503, headers={"x-should-retry": "false"})),
+                (True, status(200, {"base_resp": {"status_code": 1002}})), (True, reply("", **{
+                    "choices": [{"message": {"content": "half"}, "finish_reason": "error"}]})),
+                (True, status(200, {"choices": []})), (False, status(200, "<html>hi</html>")),
+                (True, status(200)), (True, cut_short(body=b'{"choices": [')),
+                (True, cut_short(body=b"<html>"))):
+            with self.subTest(again=again, line=line):
+                self.check(again, line)
+        self.assertEqual(self.outcome(*[status(200, {"choices": []})] * 2).attempts, 2)
 
-    def test_is_judged_as_the_gateway_means_it(self):
-        """The rows of the gateway's own table."""
-        for number, code, again in (
-                (401, "", False), (403, "insufficient_user_quota", False), (403, "", False),
-                (403, "pre_consume_token_quota_failed", False), (400, "", False),
-                (500, "invalid_request", False), (500, "sensitive_words_detected", False),
-                (413, "read_request_body_failed", False), (503, "model_not_found", False),
-                (500, "get_channel_failed", True), (500, "do_request_failed", True),
-                (500, "rate_limit_check_failed", True), (500, "new_api_panic", True),
-                (404, "invalid_request_error", False), (501, "api_not_implemented", False),
-                (429, "upstream_error", True), (429, None, True), (429, 1302, True),
-                (503, "", True), (529, "overloaded_error", True)):
-            with self.subTest(number=number, code=code):
-                self.check(again, failure(code, number))
-        for param, again in (("429", True), ("503", True), ("400", False), ("", True)):
-            with self.subTest(param=param):
-                self.check(again, failure("bad_response_status_code", 500, param=param))
-
-    def test_is_judged_as_the_server_says(self):
-        """x-should-retry decides, if it is exactly true or false."""
-        for code, said, again in ((400, "true", True), (400, "True", False), (400, "1", False),
-                                  (429, "false", False), (503, "false", False),
-                                  (503, "False", True), (429, "true", True)):
-            with self.subTest(code=code, said=said):
-                self.check(again, status(code, headers={"x-should-retry": said}))
-
-    def test_may_hide_in_a_200(self):
-        """A 2xx without a completion is a failure; it may pass where it is no answer at all."""
-        choices = [{"message": {"content": "no"}}]
-        for body, again in (
-                ("", True), ("<html>hi</html>", True), ('{"choices": [', True), ("\xff", True),
-                ('{"choices": [{"message": {"content": "no"}}], "x": NaN}', True),
-                ({"error": {"code": 429}}, True), ({"error": {"code": "503"}}, True),
-                ({"error": {"code": 400}}, False), ({"error": {"code": 401}}, False),
-                ({"error": {"message": "busy"}, "choices": choices}, True),
-                ({"error": "busy"}, True), ({"error": {"code": "insufficient_quota"}}, False),
-                ({"error": {"type": "invalid_request_error"}}, False),
-                ({"choices": []}, False), ({"choices": None}, False), ({}, False), ([], False),
-                ({"choices": [{}]}, False)):
-            with self.subTest(body=body):
-                error = self.check(again, status(200, body))
-                self.assertTrue(again or type(error) is cometlimit.APIResponseError)
+    def test_of_money_is_doubted_after_an_answer(self):
+        """Some throttles say so for a second or two: within a minute of an answer."""
+        money = failure("insufficient_quota", 429)
+        for seconds, texts in ((59.0, ["one", "two"]), (61.0, ["one", None])):
+            with Server(reply("one"), money, *[reply("two")] * (seconds < 60)) as server:
+                client, found = self.client(server), []
+                for _ in range(2):
+                    try:
+                        found.append(client.ask("Hi"))
+                    except cometlimit.RateLimitError as error:
+                        found.append(error.retryable or None)
+                    self.now += seconds
+                with self.subTest(seconds=seconds):
+                    self.assertEqual(found, texts)
 
     def test_of_the_connection_may_pass(self):
         """A hang-up, a reset, a cut-off body: tried again, and told apart from an answer."""
@@ -943,10 +927,9 @@ class AFailure(Case):
         for options, attempts in (({}, 5), ({"max_retries": 0}, 1), ({"max_retries": 2}, 3)):
             with self.subTest(**options):
                 error = self.outcome(*[status(503)] * attempts, **options)
-                self.assertEqual((error.attempts, len(error.records)), (attempts, attempts))
                 self.assertEqual([record.attempt for record in error.records],
                                  list(range(1, attempts + 1)))
-                self.assertTrue(error.retryable)
+                self.assertEqual((error.attempts, error.retryable), (attempts, True))
 
     def test_says_what_happened(self):
         """Each class has its text, with the server's words, and its details."""
@@ -960,6 +943,7 @@ class AFailure(Case):
                                     {"x-request-id": "q", "x-oneapi-request-id": "r"}))
         self.assert_error(error, cometlimit.APIStatusError, "HTTP 401 7: No", status_code=401,
                           code="7", message="No", type=None, param=None, request_id="q")
+        page = "a web page came from %s/chat/completions: check the base URL (is /v1 missing?): "
         for line, kind, text in (
                 (status(500), cometlimit.APIStatusError, "HTTP 500: an empty body"),
                 (status(502, "<h1>Bad\n gateway</h1>"), cometlimit.APIStatusError,
@@ -967,12 +951,19 @@ class AFailure(Case):
                 (status(302, headers={"Location": "http://127.0.0.1:1/"}),
                  cometlimit.APIStatusError,
                  "HTTP 302: a redirect, which is not followed: check the base URL"),
-                (status(200, "<html>"), cometlimit.APIResponseError, "HTTP 200: <html>"),
-                (hang_up(), cometlimit.APIConnectionError, "no whole answer. RemoteDisconnected: "
-                 "Remote end closed connection without response"),
-                (stall(), cometlimit.APITimeoutError, "no answer in time")):
-            with self.subTest(text=text):
-                self.assert_error(self.outcome(line, max_retries=0, timeout=0.1), kind, text,
+                (status(200), cometlimit.APIResponseError, "HTTP 200: an empty body"),
+                (status(200, "hi"), cometlimit.APIResponseError, "HTTP 200: hi"),
+                (status(200, "<html>"), cometlimit.APIResponseError, "HTTP 200: " + page + "<html>"),
+                (status(200, "hi", {"Content-Type": "text/html"}), cometlimit.APIResponseError,
+                 "HTTP 200: " + page + "hi"),
+                (status(200, {}), cometlimit.APIResponseError,
+                 "HTTP 200: an answer without choices: {}"),
+                (status(200, "data: [DONE]\n\n"), cometlimit.APIResponseError,
+                 "HTTP 200: a stream without a finish_reason: data: [DONE]")):
+            with self.subTest(text=text), Server(line) as server:
+                with self.assertRaises(cometlimit.Error) as caught:
+                    self.client(server, max_retries=0).ask("Hi")
+                self.assert_error(caught.exception, kind, text.replace("%s", server.url),
                                   retry_after=None, attempts=1)
 
 
@@ -1006,95 +997,553 @@ class AWait(Case):
                 self.assertEqual(error.attempts, len(waits) + 1)
                 self.assertEqual([round(wait, 6) for wait in self.waits], waits)
 
-    def hints(self, table, start, **options):
-        """For each row (headers, asked, wait): what an answer with them asks for, and gets. A
-        clock that is wrong by an hour changes nothing where the answer tells its Date."""
-        for headers, asked, wait in table:
-            if isinstance(headers, (str, bytes)):
-                headers = [("Retry-After", headers)]
-            for code, skew in ((429, None), (503, 0.0), (500, 3600.0), (429, -3600.0)):
-                date = [] if skew is None else [("Date", cometlimit.email.utils.formatdate(
-                    start, usegmt=True))]
-                self.wall = start + (skew or 0.0)
-                with self.subTest(headers=headers, code=code, skew=skew):
-                    error = self.outcome(*[status(code, headers=headers + date)] * 2,
-                                         **dict({"max_retries": 1}, **options))
-                    self.assertEqual((error.retry_after, [round(w, 6) for w in self.waits]),
-                                     (asked, [wait]))
+    def test_is_what_the_server_asks_for(self):
+        """In a header or in words, cut at max_delay where the attempts left can outwait it."""
+        slow = {"error": {"message": "Please try again in 7s."}}
+        for body, headers, wait in (("", {}, 1.0), ("", {"Retry-After": "20"}, 20.25),
+                                    ("", {"retry-after-ms": "5500"}, 5.75), (slow, {}, 7.25),
+                                    (slow, {"Retry-After": "9"}, 9.25),
+                                    ("", {"Retry-After": "30"}, 30.0),
+                                    ("", {"Retry-After": "59"}, 30.0)):
+            with self.subTest(body=body, headers=headers):
+                done = self.outcome(status(429, body, headers), reply("yes"), max_retries=2)
+                self.assertEqual((done.text, [round(w, 6) for w in self.waits]), ("yes", [wait]))
 
-    def test_obeys_retry_after_as_openai_does(self):
-        """The rows of its test; beyond max_delay the wait is cut, not refused."""
-        day = "Fri, 29 Sep 2023 "
-        self.hints((("20", 20.0, 20.25), ("0", None, 1.0), ("-10", None, 1.0), ("60", 60.0, 30.0),
-                    ("61", 61.0, 30.0), ("120", 120.0, 30.0), ("121", 121.0, 30.0),
-                    (day + "16:26:57 GMT", 20.0, 20.25), (day + "16:26:37 GMT", None, 1.0),
-                    (day + "16:26:27 GMT", None, 1.0), (day + "16:27:37 GMT", 60.0, 30.0),
-                    (day + "16:27:38 GMT", 61.0, 30.0), (day + "16:28:37 GMT", 120.0, 30.0),
-                    (day + "16:28:38 GMT", 121.0, 30.0), ("9" * 35, float("9" * 35), 30.0),
-                    ("inf", None, 1.0), ("nan", None, 1.0),
-                    ("Zun, 29 Sep 2023 16:26:27 GMT", None, 1.0),
-                    ("Fri, 29 Sep 100000 16:26:57 GMT", None, 1.0), ("", None, 1.0),
-                    ([("retry-after-ms", "120000")], 120.0, 30.0),
-                    ([("retry-after-ms", "120001")], 120.001, 30.0)), self.START)
-        error = self.outcome(*[status(429, headers={"Retry-After": ""})] * 4, max_retries=3)
-        self.assertEqual((error.attempts, self.waits[0]), (4, 1.0))
-        error = self.outcome(status(400, headers={
-            "Retry-After": "Fri, 29 Sep 100000 16:26:57 GMT"}))
-        self.assertEqual((error.status_code, error.attempts), (400, 1))
+    def test_is_none_where_it_would_be_in_vain(self):
+        """A wish beyond what all attempts left can wait fails at once, and names the hour."""
+        for asked, options, attempts in (
+                ("61", {"max_retries": 2}, 1), ("59", {"max_retries": 2}, 3), ("121", {}, 1),
+                ("3", {"max_delay": 1, "max_retries": 2}, 1), ("27780", {}, 1),
+                ("31", {"max_retries": 0}, 1)):
+            lines = [status(429, "slow", {"Retry-After": asked})] + [status(429)] * (attempts - 1)
+            with self.subTest(asked=asked, **options):
+                error = self.outcome(*lines, **options)
+                self.assertEqual((error.attempts, error.retryable), (attempts, True))
+                back = time.strftime("%H:%M", time.localtime(self.START + float(asked)))
+                self.assertEqual(str(error).endswith("; come back at " + back), attempts == 1)
 
-    def test_obeys_retry_after_as_urllib3_does(self):
-        """The rows of its tests, in whatever time zone."""
-        start, zone = 1559559600.0, os.environ.get("TZ")  # Mon, 3 Jun 2019 11:00:00 UTC
-        self.hints((("0", None, 1.0), ("1000", 1000.0, 30.0), ("\t42 ", 42.0, 30.0),
-                    ("-1", None, 1.0), ("+1", None, 1.0), ("1.0", 1.0, 1.25), ("\xb2", None, 1.0),
-                    ("21600", 21600.0, 30.0), ("21601", 21601.0, 30.0)), start)
-        self.hints((("1", 1.0, 1.0), ("2", 2.0, 1.0)), start, max_delay=1)
+
+# The tables: what _understand, which is pure, makes of bytes and headers. Through a server
+# each row would take a hundred times as long; one of each kind goes that way above.
+
+
+class Understood(Case):
+    """What the classes below share."""
+
+    URL = "https://example.com/v1/chat/completions"
+
+    def understand(self, code=200, body=b"", headers=(), cut="", streamed=True):
+        message = cometlimit.http.client.HTTPMessage()
+        for name, value in headers.items() if isinstance(headers, dict) else headers:
+            message[name] = value
+        if not isinstance(body, bytes):
+            body = (body if isinstance(body, str) else json.dumps(body)).encode()
+        return cometlimit._understand(cometlimit._Answer(code, message, body, cut),
+                                      cometlimit._hider(KEY), self.URL, streamed)
+
+    def text(self, *answer, **options):
+        return getattr(self.understand(*answer, **options).outcome, "text", None)
+
+    def judged(self, *answer, **options):
+        """How many attempts a failure deserves, and the load that it shows."""
+        verdict = self.understand(*answer, **options)
+        self.assertIsInstance(verdict.outcome, cometlimit.Error, verdict)
+        self.assertEqual(verdict.outcome.retryable, verdict.tries > 1)
+        return verdict.tries, verdict.load
+
+    def asked(self, *answer):
+        seconds = self.understand(*answer).outcome.retry_after
+        return seconds if seconds is None else round(seconds, 6)
+
+
+FOREVER = math.inf
+ALL = json.dumps({"model": "m-1", "usage": {"prompt_tokens": 9}, "choices": [
+    {"index": 0, "message": {"role": "assistant", "content": "all"},
+     "finish_reason": "stop"}]}).encode()
+
+
+def chunk(delta=None, finish=None, index=0, **fields):
+    return dict({"id": "c", "object": "chat.completion.chunk", "created": 7, "model": "m-1",
+                 "choices": [{"index": index, "delta": delta or {}, "finish_reason": finish}]},
+                **fields)
+
+
+def events(*values, end="data: [DONE]\n\n"):
+    return "".join("data: %s\n\n" % (value if isinstance(value, str) else json.dumps(value))
+                   for value in values) + end
+
+
+HEL, LO, STOP = chunk({"content": "Hel"}), chunk({"content": "lo"}), chunk(finish="stop")
+
+
+class APaidAnswer(Understood):
+    """Is read if it can be read."""
+
+    def test_is_read_whatever_it_is_wrapped_in(self):
+        """Compression that nobody asked for, marks, white space, a list, NaN, a cut-off end."""
+        packed = zlib.compress(ALL)
+        head = b'{"choices": [{"message": {"content": "all"}}], "x": %s}'
+        zipped = gzip.compress(ALL)
+        for name, body, encoding in (
+                ("plain", ALL, ""), ("gzip", zipped, "gzip"), ("unnamed", zipped, ""),
+                ("x-gzip", zipped, "X-GZip"), ("zlib", packed, "deflate"),
+                ("raw", packed[2:-4], "deflate"), ("not compressed", ALL, "gzip"),
+                ("not deflated", ALL, "deflate"), ("padded", zipped + b"\0" * 99, "gzip"),
+                ("without its sum", zipped[:-8], "gzip"), ("mark", BOM + ALL, ""),
+                ("space", b" \r\n\t" + ALL + b"\n", ""), ("list", b"[" + ALL + b"]", ""),
+                ("NaN", head % b"[NaN, -Infinity]", ""), ("mark in gzip", gzip.compress(
+                    b"\n" + BOM + ALL), "gzip"), ("stream in gzip", gzip.compress(
+                        events(chunk({"content": "all"}), STOP).encode()), "gzip"),
+                ("other wrapping", head % b'{"a": 1}, "code": 429', ""),
+                ("MiniMax", head % b'1, "base_resp": {"status_code": 0}', "")):
+            for cut in ("", "reset"):
+                with self.subTest(name, cut=cut):
+                    self.assertEqual(self.text(200, body, {"Content-Encoding": encoding}, cut),
+                                     "all")
+        self.assertEqual(self.understand(200, head % b"[NaN, -Infinity]").outcome.body["x"],
+                         [None, None])
+
+    def test_has_a_text_in_every_form(self):
+        """A string, null, parts; and its other fields."""
+        for content, text in (
+                ("a", "a"), (None, ""), ([], ""), (5, ""), ([{"type": "thinking"}], ""),
+                ([{"type": "text", "text": "a"}, {"type": "text", "text": "b"}], "ab")):
+            with self.subTest(content=content):
+                self.assertEqual(self.text(200, {"choices": [{"message": {
+                    "content": content}}]}), text)
+        done = self.understand(200, ALL, {"x-request-id": "r"}).outcome
+        self.assertEqual(done, ("all", "m-1", "stop", {"prompt_tokens": 9}, "r", 1, 0.0,
+                                json.loads(ALL.decode())))
+
+    def test_is_bought_again_only_where_that_may_help(self):
+        """What came whole would come again."""
+        half = {"index": 0, "message": {"content": "half"}}
+        for body, cut, verdict in (
+                ("", "", (FOREVER, None)), ("  ", "x", (FOREVER, None)), ("hi", "", (1, None)),
+                ('{"choices": [', "x", (FOREVER, None)), ('{"choices": [', "", (1, None)),
+                ("<html>hi</html>", "", (1, None)), ("<html>h", "x", (FOREVER, None)),
+                ([], "", (1, None)), ("null", "", (1, None)), ("[1,2]", "", (1, None)),
+                ("[" * 100000, "", (1, None)), (gzip.compress(ALL)[:50], "", (FOREVER, None)),
+                ({}, "", (2, None)), ({"choices": None}, "", (2, None)),
+                ({"choices": [{}]}, "", (2, None)), ({"choices": [None]}, "", (2, None)),
+                ({"choices": 5}, "", (2, None)), ({"choices": {"a": 1}}, "", (2, None)),
+                ({"choices": [{"message": None}]}, "", (2, None)),
+                ({"choices": [half], "error": {"message": "busy"}}, "", (FOREVER, None)),
+                ({"choices": [dict(half, finish_reason="error")]}, "", (FOREVER, None)),
+                ({"choices": [dict(half, error={"code": 502})]}, "", (FOREVER, 502)),
+                ({"choices": [dict(half, error={"code": "429"})]}, "", (FOREVER, 429)),
+                ({"choices": [half, dict(half, error={"code": 403})]}, "", (1, None)),
+                ({"error": {"code": 429}}, "", (FOREVER, 429)),
+                ({"error": {"code": "503"}}, "", (FOREVER, 503)),
+                ({"error": {"code": 408}}, "", (FOREVER, None)),
+                ({"error": {"code": 400}}, "", (1, None)), ({"error": "busy"}, "", (FOREVER, None)),
+                ({"error": {"code": "rate_limit_exceeded"}}, "", (FOREVER, 429)),
+                ({"error": {"code": "insufficient_quota"}}, "", (1, None)),
+                ({"error": {"type": "invalid_request_error"}}, "", (1, None)),
+                ({"error": {"code": 429, "type": "invalid_request_error"}}, "", (FOREVER, 429)),
+                ([{"error": {"code": 503}}], "", (FOREVER, 503)),
+                ({"base_resp": {"status_code": 1002, "status_msg": "rate"}}, "", (FOREVER, 429)),
+                ({"base_resp": {"status_code": 1008}, "choices": None}, "", (1, None)),
+                ({"base_resp": {"status_code": 1004}}, "", (1, None)),
+                ({"base_resp": {"status_code": 1000}}, "", (FOREVER, None)),
+                ({"code": 429, "msg": "slow"}, "", (FOREVER, 429)),
+                ({"code": "401", "msg": "no"}, "", (1, None)),
+                ({"code": 1302, "msg": "busy"}, "", (FOREVER, None)),
+                ({"code": 200, "data": {}}, "", (2, None))):
+            with self.subTest(body=str(body)[:70], cut=cut):
+                self.assertEqual(self.judged(200, body, cut=cut), verdict)
+                self.assertIs(type(self.understand(200, body, cut=cut).outcome),
+                              cometlimit.APIResponseError)
+
+    def test_is_bounded(self):
+        """A bomb costs neither memory nor time, nor a second payment."""
+        with unittest.mock.patch.object(cometlimit, "_MAX_ANSWER", 1 << 20):
+            bomb = gzip.compress(b" " * (1 << 26))
+            tracemalloc.start()
+            start = time.monotonic()
+            for body in (bomb, b"x" * (1 << 21), gzip.compress(b"") * 200000):
+                self.understand(200, body)
+            self.assertLess(time.monotonic() - start, 3.0)
+            self.assertLess(tracemalloc.get_traced_memory()[1], 32 << 20)
+            tracemalloc.stop()
+            self.assertEqual(self.judged(200, b"data:" * (1 << 20)), (1, None))
+
+    def test_costs_no_time_whatever_comes(self):
+        """What takes the square of its length somewhere."""
+        slow = (events(*["{}"] * 100000), "data:" * 300000, "wait " * 13000 + "1s",
+                "wait 1" + " " * 65000, "\\" * 65000, "(request id: " * 5000,
+                events(*[chunk({"tool_calls": [{"index": n}]}) for n in range(20000)]),
+                events(*[chunk({"content": "abcd"})] * 30000 + [STOP]), "retry " * 10000,
+                '{"error": {"message": "%s"}}' % ("{" * 60000), "retry in " + "1s " * 20000,
+                "limit " * 10000 + "requested ", "limit: 1 " * 10000, "event: error\n" * 100000)
+        for body, code in itertools.product(slow, (200, 429)):
+            start = time.monotonic()
+            self.understand(code, body)
+            with self.subTest(body=body[:30], code=code):
+                self.assertLess(time.monotonic() - start, 3.0)
+
+
+class AStreamOfEvents(Understood):
+    """Amounts to the answer that would have come at once."""
+
+    def test_is_put_together_to_the_same_body(self):
+        """Texts, tool calls by their index, usage from the last chunk, several choices."""
+        usage = {"prompt_tokens": 9, "completion_tokens": 3}
+        call = {"index": 0, "id": "a", "type": "function", "function": {"name": "f",
+                                                                        "arguments": ""}}
+        other = {"index": 1, "id": "b", "type": "function", "function": {
+            "name": "g", "arguments": "{}"}}
+        done = self.understand(200, events(
+            chunk({"role": "assistant", "content": ""}, system_fingerprint="fp"),
+            chunk({"role": "assistant", "reasoning_content": "th"}),
+            chunk({"reasoning_content": "ink"}), chunk({"refusal": "n"}), chunk({"refusal": "o"}),
+            chunk({"x_new": "1"}), chunk({"x_new": "2"}), HEL, LO,
+            chunk({"content": "b"}, "length", 1), chunk({"tool_calls": [call, other]}),
+            chunk({"tool_calls": [{"index": 0, "function": {"arguments": '{"a"'}}]}),
+            chunk({"tool_calls": [dict(call, function={"name": "f", "arguments": ": 1}"})]}),
+            chunk({"function_call": {"name": "h", "arguments": "{"}}),
+            chunk({"function_call": {"arguments": "}"}}),
+            chunk(finish="tool_calls"), dict(chunk(usage=usage), choices=[]))).outcome
+        self.assertEqual(done.body, {
+            "id": "c", "object": "chat.completion", "created": 7, "model": "m-1",
+            "system_fingerprint": "fp", "usage": usage, "choices": [{
+                "index": 0, "finish_reason": "tool_calls", "message": {
+                    "role": "assistant", "content": "Hello", "reasoning_content": "think",
+                    "refusal": "no", "x_new": "12", "tool_calls": [
+                        {"id": "a", "type": "function",
+                         "function": {"name": "f", "arguments": '{"a": 1}'}},
+                        {"id": "b", "type": "function",
+                         "function": {"name": "g", "arguments": "{}"}}],
+                    "function_call": {"name": "h", "arguments": "{}"}}},
+                {"index": 1, "finish_reason": "length", "message": {"content": "b"}}]})
+        self.assertEqual((done.text, done.usage, done.finish_reason),
+                         ("Hello", usage, "tool_calls"))
+
+    def test_has_its_choices_in_order_and_its_logprobs_in_a_row(self):
+        """However they come."""
+        def part(index, text, finish=None):
+            event = chunk({"content": text}, finish, index)
+            event["choices"][0]["logprobs"] = {"content": [{"token": text, "logprob": -0.5}]}
+            return event
+        done = self.understand(200, events(part(10, "b"), part(2, "a"), part(10, "B", "stop"),
+                                           part(2, "A", "length"))).outcome
+        self.assertEqual([(choice["message"]["content"], choice["finish_reason"],
+                           [one["token"] for one in choice["logprobs"]["content"]])
+                          for choice in done.body["choices"]],
+                         [("aA", "length", ["a", "A"]), ("bB", "stop", ["b", "B"])])
+
+    def test_keeps_apart_calls_that_share_an_index(self):
+        """As Gemini has them: one whole call in each delta, all of index 0, or of none."""
+        for index in ({"index": 0}, {}):
+            calls = [dict({"id": name, "function": {"name": name, "arguments": "{}"}}, **index)
+                     for name in "ab"]
+            done = self.understand(200, events(*[chunk({"tool_calls": [call]}) for call in calls]
+                                               + [STOP])).outcome
+            self.assertEqual([call["function"]["name"] for call in
+                              done.body["choices"][0]["message"]["tool_calls"]], ["a", "b"])
+
+    def test_is_read_in_every_form(self):
+        """Line ends, heartbeats, names, no [DONE], a cut behind the finish_reason."""
+        hello = events(HEL, LO, STOP)
+        for name, body in (
+                ("as usual", hello), ("CRLF", hello.replace("\n", "\r\n")),
+                ("CR", hello.replace("\n", "\r")), ("no space", hello.replace("data: ", "data:")),
+                ("heartbeats", ": ping\n\n" + hello.replace("\n\n", "\n\n: ping\n\ndata:\n\n")),
+                ("named", hello.replace("data:", "event: message\nid: 1\nretry: 5\ndata:")),
+                ("no blank lines", hello.replace("\n\n", "\n")), ("mark", "\ufeff" + hello),
+                ("no DONE", events(HEL, LO, STOP, end="")), ("space", "\n \n" + hello),
+                ("no last newline", events(HEL, LO, STOP, end="")[:-2]),
+                ("words", events(HEL, "keep-alive", LO, STOP)), ("an empty finish_reason", events(
+                    chunk({"content": "Hel"}, ""), LO, STOP)),
+                ("a null behind", events(HEL, LO, STOP, chunk())),
+                ("error null", events(dict(HEL, error=None), LO, STOP)),
+                ("as one message", events({"choices": [{"index": 0, "finish_reason": "stop",
+                                                        "message": {"content": "Hello"}}]})),
+                ("no index", events(*[{"choices": [{"delta": {"content": text},
+                                                    "finish_reason": end}]}
+                                      for text, end in (("Hel", None), ("lo", "stop"))]))):
+            with self.subTest(name):
+                self.assertEqual(self.text(200, body), "Hello")
+        whole = events(HEL, LO, STOP, dict(chunk(usage={"a": 1}), choices=[]))
+        for cut in range(whole.index('"stop"') + 10, len(whole), 7):
+            self.assertEqual(self.text(200, whole[:cut], cut="reset"), "Hello", whole[:cut])
+
+    def test_is_a_failure_without_its_end(self):
+        """[DONE] proves nothing where a stream was asked for; each choice has to be finished."""
+        for body, unasked in (
+                (events(HEL, LO), "Hello"), (events(HEL, end=""), None),
+                (events(HEL, chunk({"content": "x"}, index=1), STOP, end=""), None),
+                (events(HEL, '{"choices": [{"delta": {"con', STOP, end=""), None)):
+            with self.subTest(body=body):
+                self.assertEqual(self.judged(200, body), (FOREVER, None))
+                self.assertEqual(self.text(200, body, streamed=False), unasked)
+
+    def test_ends_with_the_error_in_it(self):
+        """At the top, in the choice, or in an event of this name: by its code."""
+        inner = chunk()
+        inner["choices"][0]["error"] = {"code": 400, "message": "no"}
+        for body, verdict in (
+                (events(HEL, {"error": {"code": 429, "message": "slow"}}), (FOREVER, 429)),
+                (events(HEL, {"error": "busy"}), (FOREVER, None)),
+                (events(HEL, chunk(finish="error", error={"code": 502})), (FOREVER, 502)),
+                (events(HEL, chunk(finish="error")), (FOREVER, None)),
+                (events(HEL, inner, STOP), (1, None)),
+                (events({"error": {"code": "model_not_found"}}), (1, None)),
+                ('event: error\ndata: {"code": "503", "message": "x"}\n\n', (FOREVER, 503)),
+                ('event: error\r\ndata: {"type": "error", "error": {"type": '
+                 '"overloaded_error", "message": "Overloaded"}}\r\n\r\n', (FOREVER, None)),
+                (events(HEL, STOP, end="event: error\ndata: broken\n\n"), (FOREVER, None)),
+                (events({"code": 401, "message": "no"}), (1, None))):
+            with self.subTest(body=body):
+                self.assertEqual(self.judged(200, body), verdict)
+
+
+class ARefusal(Understood):
+    """Is judged by its meaning, and asks for a wait in many ways."""
+
+    def test_is_judged_by_its_code_or_type(self):
+        """Permanent words whatever the status; with 429 only those of money or of no model."""
+        for word in sorted(set(PERMANENT) | cometlimit.PERMANENT):
+            lasting = word in cometlimit.MONEY or re.match("billing_|model_not|unsupp", word)
+            for error in ({"code": word}, {"type": word, "code": ""}, {"code": word.upper()}):
+                with self.subTest(error=error):
+                    for code in (200, 500, 503):
+                        self.assertEqual(self.judged(code, {"error": error}), (1, None))
+                    self.assertEqual(self.judged(429, {"error": error}),
+                                     (1, None) if lasting else (FOREVER, 429))
+        for code, name, param, tries in (
+                (401, "", "", 1), (403, "", "", 1), (413, "read_request_body_failed", "", 1),
+                (500, "get_channel_failed", "", FOREVER), (500, "do_request_failed", "", FOREVER),
+                (500, "new_api_panic", "", FOREVER), (501, "api_not_implemented", "", 1),
+                (429, "upstream_error", "", FOREVER), (429, None, "", FOREVER),
+                (429, 1302, "", FOREVER), (429, 1113, "", 1), (400, "rate_limit_exceeded", "", 1),
+                (404, "invalid_request_error", "", 1), (529, "overloaded", "", FOREVER),
+                (500, "bad_response_status_code", "429", FOREVER),
+                (500, "bad_response_status_code", "400", 1),
+                (500, "bad_response_status_code", "\u00b2", FOREVER),
+                (500, "bad_response_status_code", "", FOREVER)):
+            with self.subTest(code=code, name=name, param=param):
+                self.assertEqual(self.judged(
+                    code, {"error": {"code": name, "param": param}})[0], tries)
+        for code, hint, verdict in (
+                (400, "true", (FOREVER, None)), (400, "True", (1, None)), (400, "1", (1, None)),
+                (429, "false", (1, None)), (200, "false", (1, None)), (503, "False",
+                                                                       (FOREVER, 503)),
+                (429, "true", (FOREVER, 429)), (408, "", (FOREVER, None))):
+            with self.subTest(code=code, hint=hint):
+                self.assertEqual(self.judged(code, "no", {"x-should-retry": hint}), verdict)
+
+    def test_is_permanent_where_the_request_exceeds_the_limit(self):
+        """Limit and Requested are compared; a limit that is used up may pass."""
+        for message, tries in (
+                ("Request too large for m on tokens per min (TPM): Limit 10000, Requested 44975."
+                 " The input or output tokens must be reduced", 1), ("Request too large", 1),
+                ("Limit 10,000, Requested 44,975", 1), ("Limit: 9.999, Requested: 10.000", 1),
+                ("Limit 10000, Used 9000, Requested 2000. Try again in 6s", FOREVER),
+                ("Request too large: Limit 10000, Requested 10000", FOREVER),
+                ("Limit 7000, Used 0, Requested ~12903.", 1), ("Rate limit reached", FOREVER),
+                ("exceed your rate limit of 30,000 input tokens per minute", FOREVER)):
+            with self.subTest(message=message):
+                body = {"error": {"message": message, "code": "rate_limit_exceeded"}}
+                self.assertEqual(self.judged(429, body), (tries, 429 if tries > 1 else None))
+
+    def test_has_its_words_wherever_they_stand(self):
+        """Objects, texts, lists, one within the other: the innermost are the plainest."""
+        inner = {"error": {"code": "RateLimitReached", "message": "Slow"}}
+        for body, code, type_, param, message in (
+                ({"error": {"code": 7, "type": "t", "param": "p", "message": "m"}},
+                 "7", "t", "p", "m"), ({"error": "m"}, None, None, None, "m"),
+                ({"error": "Bad", "message": "m", "status": 503}, None, None, None, "m"),
+                ([{"error": {"message": "m", "code": 503}}], "503", None, None, "m"),
+                ({"error": [{"message": "m", "code": "c"}]}, "c", None, None, "m"),
+                ({"message": "m", "code": "c", "type": "t", "param": "p"}, "c", "t", "p", "m"),
+                ({"type": "error", "error": {"type": "t", "message": "m"}}, None, "t", None, "m"),
+                ({"error": {"message": "m"}, "code": "c"}, "c", None, None, "m"),
+                ({"error": {"error": {"message": "m", "code": "c"}}}, "c", None, None, "m"),
+                ({"detail": "m"}, None, None, None, "m"),
+                ({"detail": [{"loc": ["body"], "msg": "m", "type": "t"}]}, None, "t", None, "m"),
+                ({"detail": {"message": "m", "code": "c"}}, "c", None, None, "m"),
+                ({"errors": [{"message": "m", "code": 5}]}, "5", None, None, "m"),
+                ({"base_resp": {"status_code": 1002, "status_msg": "m"}}, "1002", None, None, "m"),
+                ({"error": {"type": "t", "message": json.dumps(inner)}},
+                 "RateLimitReached", "t", None, "Slow"),
+                ({"error": {"message": "Azure: " + json.dumps(inner)}},
+                 "RateLimitReached", None, None, "Slow"),
+                ({"error": {"message": inner}}, "RateLimitReached", None, None, "Slow"),
+                ({"error": {"message": "not {json"}}, None, None, None, "not {json"),
+                ({"error": {"code": None, "message": None, "type": {}}}, None, None, None, None),
+                ("m", None, None, None, None), ([], None, None, None, None)):
+            with self.subTest(body=body):
+                error = self.understand(500, body).outcome
+                self.assertEqual((error.code, error.type, error.param, error.message),
+                                 (code, type_, param, message))
+
+    def test_asks_in_its_headers(self):
+        """Seconds, milliseconds, three forms of date by the server's clock, Unix times."""
+        day, zone = "Fri, 29 Sep 2023 ", os.environ.get("TZ")
+        table = [("20", 20), ("0", None), ("-10", None), ("1.5", 1.5), (" 7 ", 7), ("27780", 27780),
+                 ("2678400", 2678400), ("2678401", None), ("9" * 35, None), ("9" * 400, None),
+                 ("1e400", None), ("inf", None), ("nan", None), ("+5", None), ("1e1", None),
+                 ("1_0", None), ("", None), ("abc", None), ("\xb2", None),
+                 (day + "16:26:57 GMT", 20), (day + "16:26:37 GMT", None),
+                 (day + "16:26:27 GMT", None), ("Friday, 29-Sep-23 16:26:57 GMT", 20),
+                 ("Fri Sep 29 16:26:57 2023", 20), ("Zun, 29 Sep 2023 16:26:57 GMT", 20),
+                 (day + "16:26:57 -0000", 20), ("Fri, 29 Sep 2022 16:26:57 GMT", None),
+                 ("Fri, 29 Sep 2033 16:26:57 GMT", None), ("2023-09-29T16:26:57Z", None),
+                 ("Fri, 29 Sep 100000 16:26:57 GMT", None), ("Sun, 06 Nov 2094 1.2.3.4 GMT", None),
+                 ("%d" % (self.START + 30), 30), ("%d" % (self.START * 1000 + 30500), 30.5),
+                 ("%d" % (self.START - 30), None), ("%d" % (self.START + 40 * 86400), None)]
         try:
-            for name in ("UTC0", "IST-2", "EST+5", zone):
+            for name, skew in ((zone, 0), ("IST-2", 3600), ("EST+5", -3600)):
                 os.environ.pop("TZ", None)
                 os.environ.update({"TZ": name} if name else {})
                 time.tzset()
-                with self.subTest(zone=name):
-                    self.hints((("3600", 3600.0, 30.0),
-                                ("Mon, 3 Jun 2019 12:00:00 UTC", 3600.0, 30.0),
-                                ("Mon, 3 Jun 2019 11:00:00 UTC", None, 1.0),
-                                ("Mon, 03 Jun 2019 11:30:12 GMT", 1812.0, 30.0),
-                                ("Monday, 03-Jun-19 11:30:12 GMT", 1812.0, 30.0),
-                                ("Mon Jun  3 11:30:12 2019", 1812.0, 30.0),
-                                ("Mon Jun  3 11:00:10 2019", 10.0, 10.25)), start)
+                self.wall = self.START + skew
+                date = {"Date": day + "16:26:37 GMT"} if skew else {}
+                for value, seconds in table:
+                    with self.subTest(value=value, zone=name):
+                        self.assertEqual(self.asked(503, "", dict(date, **{
+                            "Retry-After": value})), seconds)
         finally:
             os.environ.pop("TZ", None)
             os.environ.update({"TZ": zone} if zone else {})
             time.tzset()
+        slow = {"error": {"message": "Please try again in 20s."}}
+        for pairs, body, seconds in (
+                ([("Retry-After", "1"), ("Retry-After", "5")], "", 5), ([("retry-after-ms", "500")],
+                                                                        "", 0.5),
+                ([("Retry-After", "x"), ("Retry-After", "5")], "", 5), ([
+                    ("retry-after-ms", "-5"), ("Retry-After", "9")], "", 9),
+                ([("retry-after-ms", "120001")], "", 120.001), ([("Retry-After", "5")], slow, 20),
+                ([("Retry-After", "50")], slow, 50), ([("Retry-After", "9999999")], slow, 20)):
+            with self.subTest(pairs=pairs, body=body):
+                self.assertEqual(self.asked(429, body, pairs), seconds)
 
-    def test_obeys_retry_after_in_all_forms(self):
-        """The list that four clients were measured by."""
-        def ms(value, seconds=None):
-            return [("retry-after-ms", value)] + [("Retry-After", seconds)] * (seconds is not None)
-        self.hints((("0", None, 1.0), ("1", 1.0, 1.25), ("30", 30.0, 30.0), ("1.5", 1.5, 1.75),
-                    ("-10", None, 1.0), ("+5", None, 1.0), (" 7 ", 7.0, 7.25), ("31", 31.0, 30.0),
-                    ("60", 60.0, 30.0), ("61", 61.0, 30.0), ("120", 120.0, 30.0),
-                    ("121", 121.0, 30.0), ("3600", 3600.0, 30.0), ("86400", 86400.0, 30.0),
-                    ("9" * 35, float("9" * 35), 30.0), ("9" * 400, float("inf"), 30.0),
-                    ("1e400", None, 1.0), ("inf", None, 1.0), ("nan", None, 1.0),
-                    ("1e1", None, 1.0), ("1_0", None, 1.0), ("", None, 1.0), ("abc", None, 1.0),
-                    ("5, 5", None, 1.0), ("Fri, 29 Sep 2023 16:26:57 GMT", 20.0, 20.25),
-                    ("Friday, 29-Sep-23 16:26:57 GMT", 20.0, 20.25),
-                    ("Fri Sep 29 16:26:57 2023", 20.0, 20.25),
-                    ("Zun, 29 Sep 2023 16:26:57 GMT", 20.0, 20.25),
-                    ("Fri, 29 Sep 2023 16:26:57 -0000", 20.0, 20.25),
-                    ("Fri, 29 Sep 2022 16:26:57 GMT", None, 1.0),
-                    ("Fri, 29 Sep 100000 16:26:57 GMT", None, 1.0),
-                    ("2023-09-29T16:26:57Z", None, 1.0), ("1m0s", None, 1.0),
-                    ([("Retry-After", "1"), ("Retry-After", "5")], 5.0, 5.25),
-                    ([("Retry-After", "x"), ("Retry-After", "5")], 5.0, 5.25),
-                    (ms("500"), 0.5, 1.0), (ms("5500"), 5.5, 5.75), (ms("500", "9"), 0.5, 1.0),
-                    (ms("abc", "9"), 9.0, 9.25), (ms("-5", "9"), 9.0, 9.25),
-                    (ms("nan", "9"), 9.0, 9.25), (ms("0", "9"), 9.0, 9.25)), self.START)
-        for said, waits in (("9", [9.25]), ("true", [1.0])):
-            done = self.outcome(status(400, headers={"Retry-After": "9", "x-should-retry": said}),
-                                *[reply("yes")] * (said == "true"))
-            self.assertEqual(done.attempts, 1 + (said == "true"))
+    def test_asks_in_words(self):
+        """As real servers have sent them."""
+        for message, seconds in (
+                ("Rate limit reached for m. Please try again in 20s.", 20),
+                ("Please try again in 1.2s. Visit https://x.com/1 to learn more.", 1.2),
+                ("Please try again in 7m12s. Need more tokens?", 432),
+                ("Please try again in 350ms.", 0.35), ("Please try again in 7h43m.", 27780),
+                ("Please try again in 6m0s.", 360), ("try again in 1h2m3.5s", 3723.5),
+                ("try again in 2 minutes", 120), ("Try again in 60 seconds", 60),
+                ("try again in 1 minute and 30 seconds", 90), ("try again in 1m 30s", 90),
+                ("try again in 1 hour, 5 mins", 3900), ("try again after 60 seconds", 60),
+                ("Please retry after 33 seconds. Please go here: https://aka.ms/x", 33),
+                ("Retry after 6 seconds", 6), ("retry after 6", 6), ("Retry-After: 12", 12),
+                ("Retry after 20.", 20), ("Please retry after approximately 86460 seconds.", 86460),
+                ("Rate limit of 50000 per 60s exceeded. Please wait 1 seconds before retrying.", 1),
+                ("wait 30 seconds", 30), ("Please wait for 2.5 seconds", 2.5),
+                ("please wait at least 5 minutes", 300), ("retry in 5s", 5),
+                ("Please retry in 37.123456s.", 37.123456), ("Retry in: 3 sec", 3),
+                ("Please retry your request in 10 seconds", 10), ("retrying. wait **20s**", 20),
+                ("Monthly usage limit reached. Resets in 16 days.", 16 * 86400),
+                ("Your quota will reset after 6h3m25s.", 21805), ("TRY AGAIN IN 5S", 5),
+                ("Try again in 1 day", 86400), ("wait 5s ... or wait 9s", 9),
+                ("Please try again later.", None), ("Please wait a moment", None),
+                ("Limit 200000, Used 199625, max retries 3", None), ("retry 3 times", None),
+                ("try again in 0s", None), ("try again in 90 days", None), ("wait -1s", None),
+                ("Retry after 2026-01-01 00:00:00", None), ("wait until 12:30", None),
+                ("available for 30 days", None), ("waited 30s", None), ("retry 3 models", None),
+                ("connection reset after 30s", None), ("try again in 5 months", None)):
+            for code, body in ((429, {"error": {"message": message}}), (503, message),
+                               (200, {"error": {"code": 429, "message": message}})):
+                with self.subTest(message=message, code=code):
+                    self.assertEqual(self.asked(code, body), seconds or None)
+
+    def test_asks_in_its_fields(self):
+        """Google's retryDelay, retry_after however it is spelt, OpenRouter's reset."""
+        def google(delay):
+            return {"error": {"code": 429, "status": "RESOURCE_EXHAUSTED", "details": [
+                {"@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay": delay}]}}
+        for body, seconds in (
+                (google("37s"), 37), (google("0.512098s"), 0.512098), (google("0s"), None),
+                ([google("37s")], 37), ({"error": {"retry_after": 10}}, 10),
+                ({"retry_after": 10.5}, 10.5), ({"retry_after": "10"}, 10),
+                ({"retry_after": "10s"}, 10), ({"retry_after_seconds": 10}, 10),
+                ({"retry_after_ms": 350}, 0.35), ({"error": {"retryAfterMs": 350}}, 0.35),
+                ({"retryAfter": 5}, 5), ({"retry-after": 5}, 5), ({"retry_after": -5}, None),
+                ({"retry_after": None}, None), ({"retry_after": 1e30}, None),
+                ({"retry_after": self.START + 60}, 60),
+                ({"error": {"message": json.dumps({"retry_after": 3})}}, 3),
+                ({"error": {"metadata": {"headers": {
+                    "X-RateLimit-Reset": "%d" % (self.START * 1000 + 45000)}}}}, 45)):
+            with self.subTest(body=body):
+                self.assertEqual(self.asked(429, body), seconds)
+        for code, body, headers, seconds in (  # and only a refusal asks
+                (400, "try again in 5s", {}, None), (401, "", {"Retry-After": "9"}, None),
+                (400, "", {"Retry-After": "9", "x-should-retry": "true"}, 9),
+                (429, {"error": {"code": "insufficient_quota"}}, {"Retry-After": "9"}, 9),
+                (200, "wait 30 seconds", {}, None)):
+            with self.subTest(code=code, body=body):
+                self.assertEqual(self.asked(code, body, headers), seconds)
+
+
+class AStream(Case):
+    """Takes the place of an answer that a gateway is too impatient for."""
+
+    def play(self, *script, prompts=1, **options):
+        """The completions of some prompts, and which requests asked for a stream, how."""
+        with Server(*script) as server, self.client(server, **options) as client:
+            done = [client.complete("Hi") for _ in range(prompts)]
+        return done, [(request.body.get("stream"), request.body.get("stream_options"))
+                      for request in server.requests]
+
+    def test_brings_the_same_completion(self):
+        """After 504, 524 or 408, with its usage; further calls stream from the start."""
+        streamed = events(HEL, LO, STOP, dict(chunk(usage={
+            "prompt_tokens": 2, "completion_tokens": 3}), choices=[]))
+        plain = self.play(reply("Hello", id="c", object="chat.completion", created=7,
+                                model="m-1"))[0][0]
+        usage = (True, {"include_usage": True})
+        for code in (504, 524, 408):
+            with self.subTest(code=code):
+                done, asked = self.play(status(code), *[status(200, streamed)] * 2, prompts=2)
+                self.assertEqual(asked, [(None, None), usage, usage])
+                self.assertEqual([one.attempts for one in done], [2, 1])
+                for one in done:
+                    for choice in one.body["choices"]:
+                        self.assertEqual(choice.pop("index"), 0)
+                    plain.body["choices"][0]["message"].pop("role", None)
+                    self.assertEqual(one[:4] + one[7:], plain[:4] + plain[7:])
+
+    def test_is_forced_or_forbidden(self):
+        """stream=True asks for one at once, False never; and 503 is no reason for one."""
+        usage, none = (True, {"include_usage": True}), (None, None)
+        for option, code, asked in ((True, 504, [usage, usage]), (False, 504, [none, none]),
+                                    (None, 503, [none, none]), (True, 503, [usage, usage])):
+            with self.subTest(option=option, code=code):
+                done = self.play(status(code), reply("yes"), stream=option)
+                self.assertEqual((done[0][0].text, done[1]), ("yes", asked))
+
+    def test_is_asked_for_as_the_server_can(self):
+        """Without stream_options where a 400 names them; not at all where it knows no streams."""
+        usage, bare, none = (True, {"include_usage": True}), (True, None), (None, None)
+        no = failure("unknown_field", 400, message="unknown field stream_options")
+        done, asked = self.play(no, *[status(200, events(HEL, LO, STOP))] * 2, prompts=2,
+                                stream=True)
+        self.assertEqual((asked, done[0].attempts), ([usage, bare, bare], 2))
+        done, asked = self.play(
+            status(504), failure("x", 400, message="stream is not supported"), reply("yes"),
+            status(504), reply("yes"), prompts=2)
+        self.assertEqual(asked, [none, usage, none, none, none])
+
+    def test_of_a_time_out_is_the_last_try(self):
+        """A time-out of our own is tried once more, as a stream, and says what to raise."""
+        with Server(stall(), stall()) as server:
+            with self.assertRaisesRegex(cometlimit.APITimeoutError, "raise timeout=") as caught:
+                self.client(server, timeout=0.1).ask("Hi")
+        self.assertEqual(caught.exception.attempts, 2)
+        self.assertEqual([request.body.get("stream") for request in server.requests], [None, True])
+
+    def test_that_breaks_off_is_tried_again(self):
+        """Cut before its finish_reason, or ended by an error within."""
+        for line in (cut_short(200, events(HEL, end="").encode()), status(200, events(HEL, LO)),
+                     status(200, events(HEL, {"error": {"code": 503, "message": "busy"}}))):
+            with self.subTest():
+                done, _ = self.play(line, status(200, events(HEL, LO, STOP)), stream=True)
+                self.assertEqual((done[0].text, done[0].attempts), ("Hello", 2))
 
 
 class ALimit(Case):
@@ -1127,49 +1576,40 @@ class ALimit(Case):
                 self.assertIn(told, ([(503, 25.0)], [(503, 25.0)] * 2))
 
     def test_serves_first_who_came_first(self):
-        """A retry goes behind those that wait already, and before those that come later, even in
-        its backoff. Refused again, though later ones were answered, it says nothing about load."""
-        told = []
-        self.throttle(wait=lambda *_: 0.0, refused=lambda own, *rest: told.append(rest[2:]))
-        lined, rests, back, end = set(), [], threading.Event(), threading.Event()
-
-        def wait(condition, seconds):
-            if seconds < 1000.0:  # in backoff
-                rests.append(condition)
-                self.until(back.is_set, lambda: condition.wait(0.001))
-                self.now += seconds
-            else:
-                lined.add(condition)
-                condition.wait(TIMEOUT)
-        cometlimit._wait = wait
+        """In the order of submit; who comes again goes before those still to come."""
+        self.real_time()
+        with Server(forever=reply_echo) as server:
+            for _ in range(30):
+                with self.client(server) as client:
+                    for prompt in "abcd":
+                        client.submit(prompt)
+        self.assertEqual("".join(request.prompt for request in server.requests), "abcd" * 30)
 
         def line(request):
-            number = len(server.requests)
-            if request.prompt == "z":  # keeps one of two places in flight
-                end.wait(TIMEOUT)
-            elif number == 2:
-                self.until(lambda: len(lined) == 2)  # b and c
-                return status(503)
-            elif number == 3:
-                client.submit("d")
-                client.submit("e").add_done_callback(lambda _: end.set())
-            elif number == 4:
-                self.until(lambda: len(lined) == 3)  # d
-                back.set()
-                self.until(lambda: len(lined) == 4)  # a
-            elif number == 5:
-                self.until(lambda: len(lined) == 5)  # e
-                lined.remove(rests[0])
-                return status(503)
-            elif number == 6:
-                self.until(lambda: len(lined) == 5)  # a once more
-            return reply_echo(request)
+            if request.prompt == "b":
+                time.sleep(0.5)  # in which the backoff of a, 0.05 s at most, ends
+            return status(503) if len(server.requests) == 1 else reply_echo(request)
         with Server(forever=line) as server:
-            with self.client(server, deadline=1e6, max_concurrency=2) as client:
-                for number, prompt in enumerate("zabc"):
+            with self.client(server, max_delay=0.05) as client:
+                for prompt in "abcd":
                     client.submit(prompt)
-                    server.await_requests(min(2, number + 1))
-        self.assertEqual([request.prompt for request in server.requests], list("zabcadea"))
+        self.assertEqual("".join(request.prompt for request in server.requests), "abacd")
+
+    def test_is_not_learnt_from_a_prompt_that_is_refused_each_time(self):
+        """Refused again, though later requests were answered, it says nothing about load."""
+        self.real_time()
+        told, submitted = [], threading.Event()
+        self.throttle(wait=lambda *_: 0.0, refused=lambda own, *rest: told.append(rest[2:]))
+
+        def line(request):
+            submitted.wait(TIMEOUT)
+            return status(503) if request.prompt == "bad" else reply_echo(request)
+        with Server(forever=line) as server:
+            with self.client(server, max_delay=0.05) as client:
+                bad = client.submit("bad")
+                client.submit("good")
+                submitted.set()
+                self.assertEqual(bad.exception(TIMEOUT).attempts, 5)
         self.assertEqual(told, [(503, None)])
 
     def test_wakes_whom_an_answer_lets_go(self):
@@ -1511,14 +1951,18 @@ class TheKey(Case):
                 self.assertEqual([text for text in shown if KEY in text], [])
 
     def test_is_not_shown_as_json_writes_it(self):
-        """In a body that is JSON, and in one that is none; what stands before it stays."""
-        for form in (KEY, json.dumps(KEY)[1:-1], KEY.replace("/", "\\/"),
+        """In a body that is JSON, twice over, cut off, or none; what stands before it stays."""
+        twice = KEY[:2] + "".join("\\\\u%04x" % ord(sign) for sign in KEY[2:])
+        for form in (KEY, json.dumps(KEY)[1:-1], KEY.replace("/", "\\/"), twice,
                      "".join("\\u%04X" % ord(sign) for sign in KEY)):
-            for text in ("<p>%s</p>", "[1, %s", '{"a": "b\\\\%s"}'):
+            for text in ("<p>%s</p>", "[1, %s", '{"a": "b %s"}'):
                 with self.subTest(form=form, text=text):
                     body = self.outcome(status(401, text % form)).body
                     shown = json.dumps(body) if isinstance(body, dict) else body
                     self.assertEqual(shown, text % "***")
+        body = self.outcome(status(401, "x" * (cometlimit._MAX_ERROR - 6) + KEY)).body
+        self.assertNotIn(KEY[:3], body)
+        self.assertEqual(cometlimit._hider("none")("there is none"), "there is none")
 
     def test_does_not_follow_a_redirect(self):
         """No other host, and no other path, ever sees it."""
@@ -2881,9 +3325,9 @@ class TheReadme(CommandLine):
     def test_shows_programs_that_run(self):
         """Each block of Python runs as it stands, and the first one prints what is shown."""
         shown = self.blocks("text")[0]
+        with open("questions.csv", "w") as file:
+            file.write("question\nSay hello.\n")
         for number, block in enumerate(self.blocks("python")):
-            if "asyncio.run" in block and sys.version_info < (3, 7):
-                continue
             with self.subTest(block=block):
                 printed = self.run_block([sys.executable, "-W", "error", "-"], block)
                 self.assertTrue(printed)
@@ -4083,28 +4527,11 @@ class WhatFuzzingFound(CommandLine):
     ROW = (b'{"id":"x","custom_id":"a","error":null,"response":'
            b'{"status_code":200,"body":{"x":1}}}')
 
-    def test_by_bytes_after_an_answer(self):
-        """They, and a chunk of -1 bytes, which is no leave to read for ever, end the connection."""
-        for data, code in (
-                (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}\r\n", 200),
-                (b"HTTP/1.1 429 x\r\nTransfer-Encoding: chunked\r\n\r\n-1\r\n" + b"x" * 9999, 429)):
-            ours, other = socket.socketpair()
-            with self.subTest(data=data[:60]), ours, other:
-                limit = unittest.mock.patch.object(cometlimit, "_MAX_ANSWER", 1000)
-                wire = cometlimit._Wire(types.SimpleNamespace(head=b""))
-                wire.sock, wire.expires = ours, cometlimit._now() + 1
-                wire.reader = cometlimit._Reader(wire)
-                other.sendall(data)
-                with limit:
-                    self.assertEqual(wire._exchange(b"").status, code)
-                self.assertFalse(wire._is_quiet())
-
     def test_by_words_of_a_server(self):
         """Numbers and dates that only look like some; a byte order mark before an error."""
         hidden = {"message": "m", "code": "bad_response_status_code", "param": "\u00b2"}
         for line, retryable, retry_after in (
                 (status(503, "", {"Retry-After": "Sun, 06 Nov 2094 1.2.3.4 GMT"}), True, None),
-                (status(503, "", {"Retry-After": "1 \x1d"}), True, None),
                 (status(500, {"error": hidden}), True, None),
                 (status(503, b'\xef\xbb\xbf{"error":{"code":"model_not_found"}}'), False, None)):
             with self.subTest():
