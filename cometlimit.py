@@ -2428,7 +2428,7 @@ class _Checkpoint:
             # Rows of other programs have no mark; version 1.0 made marks that fit none.
             mark = int(found.group(1) or "1", 16) if found else 0
             self.found[name] = place << 64 | mark
-            self.tokens += _tokens((body or {}).get("usage"))
+            self.tokens += _tokens(body.get("usage"))
         elif self.found.get(name, 0) <= 0:
             code = error.get("code") if isinstance(error, dict) else None
             self.found[name] = -(place << 64 | (
