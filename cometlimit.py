@@ -2076,7 +2076,11 @@ def _parser() -> Any:
         "cometlimit", "cometlimit -m MODEL [PROMPT ... | -i FILE] [-o FILE] [--help]",
         (__doc__ or "").split("\n")[0], _EPILOG, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
+    _add_options(parser.add_argument)
+    return parser
+
+
+def _add_options(add: Callable[..., Any]) -> None:
     many: Dict[str, Any] = {"action": "append", "default": [], "type": _utf8}
     add("prompts", nargs="*", type=_utf8, metavar="PROMPT", help="or -: lines on stdin")
     add("-m", "--model", type=_utf8, help="for rows that name none")
@@ -2101,7 +2105,6 @@ def _parser() -> Any:
     add("-q", "--quiet", action="store_true", help="no progress, no summary")
     add("--demo", action="store_true", help="see it find the limit of its own server")
     add("--version", action="version", version="%(prog)s " + __version__)
-    return parser
 
 
 def _utf8(word: str) -> str:
