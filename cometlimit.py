@@ -160,7 +160,7 @@ class Record(NamedTuple):
     time: float               # when it left, as of time.time()
     route: str                # its path, such as /v1/chat/completions
     model: str                # as asked for
-    status: Optional[int]     # None without an answer
+    status: Optional[int]     # None where no answer began
     latency: float            # from connecting to the answer's last byte
     attempt: int              # 1 for the first
     waited: float             # before it, for its turn and in backoff
@@ -463,20 +463,22 @@ class _Pool:
 
         It waits for a turn, makes an attempt, learns, decides, backs off, and again.
         """
-        outcome: Optional[Outcome] = None
+        outcome: Outcome = APITimeoutError("not sent before its deadline")
         self.workers.add(threading.get_ident())
         call = self.gate.first(model)
-        while self.gate.turn(call):
-            verdict = self._attempt(call)
-            self._learn(call, verdict)
-            outcome, pause = verdict.outcome, self._decide(call, verdict)
-            if pause is None:
-                break
-            _tell(logging.INFO, "model %s: attempt %d of %d: %s; next in %.1f s",
-                  call.model.name, call.attempts, self.client.max_retries + 1, outcome,
-                  pause)
-            self.gate.back_off(call, pause)
-        self._finish(call, outcome or APITimeoutError("not sent before its deadline"))
+        try:
+            while self.gate.turn(call):
+                verdict = self._attempt(call)
+                self._learn(call, verdict)
+                outcome, pause = verdict.outcome, self._decide(call, verdict)
+                if pause is None:
+                    break
+                _tell(logging.INFO, "model %s: attempt %d of %d: %s; next in %.1f s",
+                      model.name, call.attempts, self.client.max_retries + 1, outcome,
+                      pause)
+                self.gate.back_off(call, pause)
+        finally:  # whatever happened, somebody waits for the outcome
+            self._finish(call, outcome)
 
     def _decide(self, call: _Call, verdict: "_Verdict") -> Optional[float]:
         """Seconds to the next attempt, at most max_delay; None: the outcome stands."""
@@ -699,8 +701,9 @@ class _Gate:
             return call
 
     def _enter(self, call: _Call) -> None:
-        call.place = next(self.places)
-        call.model.waiting.append(call)
+        if not call.given_up:
+            call.place = next(self.places)
+            call.model.waiting.append(call)
 
     def turn(self, call: _Call) -> bool:
         """Wait until the call may be sent; False when it may not be any more."""
