@@ -1430,29 +1430,25 @@ MONEY = frozenset("""
     insufficient_balance insufficient_funds insufficient_quota insufficient_user_quota
     pre_consume_token_quota_failed quota_exceeded""".split())
 _NO_MODEL = frozenset({"model_not_found", "unsupported_model"})
-# What no repetition cures: CometAPI answers an unknown model with 503 and a malformed
-# request with 500. Compared with both the code and the type of an error. With 429 only
-# the two above count: some call a rate limit an invalid_request_error.
+# What no repetition cures, as an error's code or type: CometAPI answers an unknown
+# model with 503. On a 429 only those above are: some name it invalid_request_error.
 PERMANENT = MONEY | _NO_MODEL | frozenset("""
     access_denied access_terminated authentication_error content_filter
     content_policy_violation context_length_exceeded convert_request_failed
     count_token_failed gen_relay_info_failed invalid_api_key invalid_request
     invalid_request_error missing_required_parameter model_price_error permission_denied
     permission_error prompt_blocked sensitive_words_detected""".split())
-# CometAPI documents 429, 500, 503, 504 and 524 as passing, Groq 498; gateways answer
-# the others for the same reasons.
+# CometAPI documents 429, 500, 503, 504, 524 as passing, Groq 498; gateways the others.
 RETRYABLE = frozenset({408, 429, 498, 500, 502, 503, 504, 520, 521, 522, 523, 524, 529})
 _MINIMAX = {"1002": "429", "1004": "401", "1008": "402"}  # statuses as it codes them
 _NAMES = {"code": "code", "status_code": "code", "type": "type", "param": "param",
           "message": "message", "msg": "message", "status_msg": "message"}
 _MAX_DEPTH = 200        # json recurses in C: a hostile answer could overrun a stack
-_MAX_WISH = 31 * 86400  # seconds: whoever asks to wait longer means something else
 _TOO_LONG = "more than %d MiB" % (_MAX_ANSWER >> 20)
 _STREAM = re.compile("(data|event|id|retry)?:")  # how server-sent events begin
 _UNITS = {"ms": 0.001, "millisecond": 0.001, "s": 1, "sec": 1, "second": 1, "m": 60,
           "min": 60, "minute": 60, "h": 3600, "hr": 3600, "hour": 3600, "day": 86400}
-_NUMBER = r"([0-9]{1,15}(?:\.[0-9]{1,15})?)"
-_SPAN = r"%s\s*(%s)s?(?![a-z])" % (_NUMBER, "|".join(_UNITS))
+_SPAN = r"([0-9]{1,15}(?:\.[0-9]{1,15})?)\s*(%s)s?(?![a-z])" % "|".join(_UNITS)
 # "Please try again in 7m12s", "wait 1 minute and 6 seconds", "retryDelay": "37s"
 _IN_WORDS = re.compile(
     r"(?i)(?:try again|retry|\bwait\b|resets in|will reset)[^.0-9]{0,40}(?<!-)"
@@ -1460,7 +1456,7 @@ _IN_WORDS = re.compile(
 # "retry_after": 10, Retry-After: 12, "retryAfterMs": 350; but no date
 _IN_FIELDS = re.compile(
     r"(?i)(?:retry[-_ ]?after|ratelimit-reset)[-_ ]?(ms|seconds|)[\\\s'\":=]{1,5}"
-    + _NUMBER + r"(?!\.?[0-9]|[-:/\s]*\w)")
+    r"([0-9]{1,15}(?:\.[0-9]{1,15})?)(?!\.?[0-9]|[-:/\s]*\w)")
 
 
 class _Answer(NamedTuple):
@@ -1478,9 +1474,7 @@ class _Verdict(NamedTuple):
 
 def _understand(answer: _Answer, hide: Callable[[str], str], url: str,
                 streamed: bool = True) -> _Verdict:
-    """The Completion that an answer holds, or the Error that it stands for.
-
-    `hide` takes the key out of a text; `streamed` tells what was asked for."""
+    """The Completion that an answer holds, or the Error that it stands for."""
     text, missing = _text(answer)
     data = _value(text, streamed)
     if 200 <= answer.status < 300 and not _trouble(data):
@@ -1535,11 +1529,11 @@ def _failure(answer: _Answer, text: str, missing: str, data: Any,
         said = "a redirect, which is not followed: check the base URL"
     tries = {"true": math.inf, "false": 1}.get(
         answer.headers.get("x-should-retry", ""), tries)
-    wish = _wish(answer.headers, str(trouble)[:_MAX_ERROR])
     return _Verdict(kind(
         " ".join(("HTTP %d %s" % (answer.status, words.get("code", ""))).split()) + ": "
         + said, status_code=answer.status, body=_loosely(body), retryable=tries > 1,
-        retry_after=wish or None if tries > 1 or answer.status == 429 else None,
+        retry_after=(_wish(answer.headers, str(trouble)[:_MAX_ERROR]) or None
+                     if tries > 1 or answer.status == 429 else None),
         request_id=hide(_request_id(answer, words.get("message", ""))) or None,
         **words), tries, load if tries > 1 else None)
 
@@ -1556,8 +1550,7 @@ def _no_answer(answer: _Answer, text: str, missing: str, data: Any,
     if isinstance(data, str) and missing:
         return math.inf, "cut off (%s): " % missing
     if text[0] == "<" or "html" in answer.headers.get("content-type", "").lower():
-        return 1, ("a web page came from %s: check the base URL (is /v1 missing?): "
-                   % url)
+        return 1, "a web page from %s: check the base URL (is /v1 missing?): " % url
     return 1, ""
 
 
@@ -1575,14 +1568,12 @@ def _again(status: int, words: Dict[str, str]) -> Tuple[float, Optional[int]]:
     if ({code.lower(), kind.lower()} & lasting or _speaks_of_money(code, kind)
             or status == 429 and _is_too_large(words.get("message", ""))):
         return 1, None
-    if status in (0, 408):  # 408 says that one request was slow
-        return math.inf, None
-    return (math.inf, status) if status in RETRYABLE else (1, None)
+    load = None if status in (0, 408) else status  # 408: that one request was slow
+    return (math.inf, load) if status in RETRYABLE | {0} else (1, None)
 
 
 def _speaks_of_money(*names: str) -> bool:
-    return any(name.lower() in MONEY or name.lower().startswith("billing_")
-               for name in names)
+    return any(n.lower() in MONEY or n.lower()[:8] == "billing_" for n in names)
 
 
 def _is_too_large(message: str) -> bool:
@@ -1596,13 +1587,11 @@ def _is_too_large(message: str) -> bool:
 
 
 def _words(value: Any) -> Dict[str, str]:
-    """The code, type, param and message of a failure, wherever gateways put them: in
-    objects one within the other, even as JSON in a text. The innermost knows most."""
+    """The code, type, param and message of a failure: the innermost that there are."""
     found: Dict[str, str] = {}
     for depth in range(9):
-        if isinstance(value, list) and value:
-            value = value[0]
-        if isinstance(value, str) and depth:  # else it is the whole body
+        value = value[0] if isinstance(value, list) and value else value
+        if isinstance(value, str) and depth:  # gateways put JSON into a text, too
             found.setdefault("message", value)
             value = _loosely(value[value.find("{"):])
         if not isinstance(value, dict):
@@ -1638,7 +1627,7 @@ def _wish(headers: http.client.HTTPMessage, said: str) -> float:
         if seconds > 1e9:  # a time of Unix, in seconds or milliseconds
             seconds = seconds / (1000.0 if seconds > 1e12 else 1.0) - now
         waits.append(seconds)
-    return max(wait for wait in waits if wait <= _MAX_WISH)
+    return max(wait for wait in waits if wait <= 31 * 86400)  # more cannot be meant
 
 
 def _timestamp(date: str) -> float:
@@ -1674,11 +1663,10 @@ def _value(text: str, streamed: bool) -> Any:
     with contextlib.suppress(TypeError, AttributeError):  # where it is none of chunks
         data["choices"] = sorted(data.get("choices") or (), key=lambda choice: str(
             choice.get("index")).zfill(9))
-        for choice in data["choices"]:
-            delta = dict({"content": None}, **choice.pop("delta", {}))
-            choice.setdefault("message", delta)
-        # A stream that breaks off may say [DONE] all the same: only a finish_reason
-        # proves its end. One that nobody asked for would come again without it, too.
+        for one in data["choices"]:
+            delta = one.pop("delta", None) or {}
+            one.setdefault("message", dict({"content": None}, **delta))
+        # [DONE] proves no end, but what nobody asked for would come again the same
         if not streamed and text.endswith("[DONE]") or all(
                 choice.get("finish_reason") for choice in data["choices"]):
             return dict(data, object="chat.completion")
@@ -1710,25 +1698,19 @@ def _joined(parts: List[Any], name: str = "", pieces: bool = False) -> Any:
         return {field: _joined(values, field, pieces or field in ("delta", "logprobs"))
                 for field, values in fields.items() if field != "index" or not pieces}
     if kind is list and (pieces or name == "choices"):
-        return [_joined(group, "", pieces) for group in _groups(parts)]
+        groups, ids = {}, {}  # type: Dict[Any, List[Any]], Dict[str, str]
+        for number, item in enumerate(itertools.chain.from_iterable(parts)):
+            group: Any = number
+            if isinstance(item, dict) and {"index", "delta", "function"} & set(item):
+                index = str(item.get("index", 0))  # one thing, until another id comes
+                ids[index] = str(item.get("id") or ids.get(index))
+                group = index, ids[index]
+            groups.setdefault(group, []).append(item)
+        return [_joined(group, "", pieces) for group in groups.values()]
     if kind is str and pieces:  # some send a call's name and id again with each part
         once = name in ("role", "id", "type", "name", "format")
         return "".join(dict.fromkeys(parts) if once else parts)
     return next(filter(None, reversed(parts)), parts[-1] if parts else None)
-
-
-def _groups(lists: List[List[Any]]) -> Iterable[List[Any]]:
-    """Which items are parts of one: those of the same index, until another id comes."""
-    groups: Dict[Any, List[Any]] = {}
-    ids: Dict[str, str] = {}
-    for number, item in enumerate(itertools.chain.from_iterable(lists)):
-        group: Any = number
-        if isinstance(item, dict) and {"index", "delta", "function"} & set(item):
-            index = str(item.get("index", 0))
-            ids[index] = str(item.get("id") or ids.get(index))
-            group = index, ids[index]
-        groups.setdefault(group, []).append(item)
-    return groups.values()
 
 
 def _parse(text: str, depth: int = _MAX_DEPTH) -> Any:
