@@ -2403,6 +2403,21 @@ class OutputRows(CommandLine):
         self.assertEqual(sorted(os.listdir(".")), ["in", "out", "piped"])
 
 
+    def test_wait_for_a_slow_one_in_bounds(self):
+        """In a pipe a result waits for those before it: 16 for each request in flight."""
+        self.write("in", rows(80))
+        asked = []
+
+        def late(request):
+            if request.prompt == "p0":
+                time.sleep(0.8)
+                asked.append(len(server.requests))
+            return reply_echo(request)
+        with self.serve(forever=late) as server:
+            self.cli("-c", "2", "-i", "in", "-o", "-")
+        self.assertTrue(20 < asked[0] <= 33, asked)
+
+
 class AResumedRun(CommandLine):
 
     def setUp(self):
@@ -2640,7 +2655,7 @@ class ASignal(CommandLine):
                 self.finish(process, code)
                 self.assertEqual(len(server.requests), 2)
                 self.assertEqual(self.answers()[0], ("r0", "p0"))
-                self.assertIn("to go on", self.err)
+                self.assertRegex(self.err, r"(?s)^stopping: 2 in flight, 5 s\n.*to go on")
                 os.unlink("out")
 
     def test_that_comes_twice_ends_at_once(self):
@@ -2759,6 +2774,15 @@ class AStop(CommandLine):
             self.assertEqual(self.answers("piped")[-30:],
                              [("r%d" % n, "p%d" % n) for n in range(110, 140)])
 
+    def test_comes_where_no_model_is_there(self):
+        """A wrong key in a file of many models: three of them are tried, and 3."""
+        self.write("in", [dict(row, model="m%d" % (n % 20)) for n, row in enumerate(rows(400))])
+        tired = self.tiring(status(401, "bad key"), 100)
+        with self.serve(forever=tired) as server:
+            self.cli("-i", "in", "-o", "out", expect=3)
+            self.assertLess(len(server.requests), 200)
+        self.assertIn("stopped: rows of m", self.err)
+
     def test_has_patience_with_failures_that_may_pass(self):
         """Fifty samples, where a server that has answered is down for a while."""
         self.write("in", rows(80))
@@ -2782,7 +2806,7 @@ class AStop(CommandLine):
             with unittest.mock.patch.multiple(cometlimit, _UNREACHED=0.02, _PLAIN=0.2):
                 self.real_time()
                 self.cli("--max-retries", "9", "-i", "in", "-o", "out", expect=3)
-            self.assertRegex(self.err, "0/40 done, 0.0/s, no connection to %s\n" % place)
+            self.assertRegex(self.err, "0/40 done, 0.0/s, .*no connection to %s\n" % place)
             self.assertRegex(self.err, "never reached: no connection to %s\n" % place)
 
     def test_comes_at_once_with_a_wish_for_hours(self):
