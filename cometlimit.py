@@ -1645,8 +1645,8 @@ def _value(text: str, streamed: bool) -> Any:
     with contextlib.suppress(TypeError, AttributeError):  # where it is none of chunks
         data["choices"] = sorted(data.get("choices") or (), key=lambda choice: str(
             choice.get("index")).zfill(9))
-        for one in data["choices"]:
-            one.setdefault("message", dict({"content": None}, **one.pop("delta", 0) or {}))
+        for it in data["choices"]:
+            it.setdefault("message", dict({"content": None}, **it.pop("delta", 0) or {}))
         # [DONE] proves no end, but what nobody asked for would come again the same
         if not streamed and text.endswith("[DONE]") or all(
                 choice.get("finish_reason") for choice in data["choices"]):
