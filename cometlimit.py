@@ -968,7 +968,8 @@ class Throttle:
             return 0.0
         if self.rate is None:               # doubles each second: ln 2 = 0.69
             return 1 / (self._ramp + 0.69 * (self._count - self._probe))
-        return 1 / (self.DIP * self.rate + self.rate ** self.EVEN * self._growth(now))
+        grown: float = self.rate ** self.EVEN * self._growth(now)
+        return 1 / (self.DIP * self.rate + grown)
 
 
 # Metrics
