@@ -1973,13 +1973,14 @@ def main(argv: Optional[List[str]] = None) -> int:
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except (Error, OSError) as error:
-        _say("cometlimit: error: " + _in_our_words(str(error)))
+        _say("cometlimit: error: %s" % error)
         return 2
 
 
 def _say(text: str, end: str = "\n") -> None:
     """Write to stderr, if it can be: no server's words may steer the terminal."""
-    text = "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+    text = "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1]
+                   for c in _in_our_words(text))
     try:
         sys.stderr.write(text + end)
         sys.stderr.flush()
@@ -1992,62 +1993,32 @@ def _in_our_words(text: str) -> str:
     for pattern, words in (
             (r", or pass api_key=", ""), (r"Client\(model=.*\)", "-m MODEL"),
             (r"see Client\(.*\)", "see --help"), (r"\bheaders=", "--header"),
-            (r"timeout= \(or deadline=\)|^timeout\b", "--timeout"),
-            (r"\b(max|allow|ca)_(concurrency|rate|retries|http|file)(=True)?",
+            (r"\btimeout(?= is a )|\btimeout= \(or deadline=\)", "--timeout"),
+            (r"\b(max|allow|ca)_(concurrency|rate|retries|http|file)(=True|\b)",
              r"--\1-\2")):
         text = re.sub(pattern, words, text)
     return text
 
 
 def _options(argv: Optional[List[str]]) -> Any:
-    parser = _parser()
-    options, unknown = parser.parse_known_args(argv)
-    if options.prompts in ([], ["-"]) and options.input_file is None and (
-            not options.demo):
-        options.prompts, options.input_file = [], "-"
-    by_hand = options.input_file in (None, "-") and not options.output_file
-    options.form = "text" if options.text else "array" if by_hand else "rows"
-    misuse = _misuse(options, by_hand)
-    if unknown:  # without values: one of them may be a key
-        misuse = "unknown: " + " ".join(word.split("=")[0] for word in unknown)
-    if misuse:
-        parser.error(misuse)
-    try:
-        options.system = options.system and _or_file(options.system)
-        options.param = {name: _json_or_word(_or_file(text)) for name, text in (
-            _pair(word, "=", "--param is NAME=JSON") for word in options.param)}
-        _payload("x", dict({"model": "x"}, **options.param))
-        options.headers = dict(_pair(line, ":", "--header is NAME: VALUE")
-                               for line in options.headers)
-        at, shards = map(int, _pair(options.shard, "/", "--shard is I/N"))
-        options.shard = range(at - 1, sys.maxsize, max(shards, 1))
-        if not 0 < at <= shards:
-            raise ValueError("--shard is I/N, with I from 1 to N")
-    except (ValueError, OSError) as fault:
-        parser.error(_in_our_words(str(fault)))
-    return options
-
-
-def _misuse(options: Any, by_hand: bool) -> str:
-    files = options.input_file, options.output_file, options.joblog
-    has_model = options.model or options.demo
-    return next((words for wrong, words in (
-        (options.prompts and files[0], "give either prompts or -i"),
-        (files[0] == "-" and (sys.stdin is None or sys.stdin.isatty()),
-         "nothing to ask: give prompts, -i FILE or lines on stdin"),
-        (by_hand and not has_model or options.model == "", "name a model: -m MODEL"),
-        (options.text and files[1], "--text goes to stdout, not to -o"),
-        ("" in files, "-i, -o and --joblog take the name of a file")) if wrong), "")
-
-
-def _parser() -> Any:
     import argparse  # here, as the library's start is not to wait for it
     parser = argparse.ArgumentParser(
         "cometlimit", "cometlimit -m MODEL [PROMPT ... | -i FILE] [-o FILE] [--help]",
         (__doc__ or "").split("\n")[0], _EPILOG, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter)
     _add_options(parser.add_argument)
-    return parser
+    options, unknown = parser.parse_known_args(argv)
+    if options.prompts in ([], ["-"]) and not options.demo and (
+            options.input_file is None):
+        options.prompts, options.input_file = [], "-"
+    by_hand = options.input_file in (None, "-") and not options.output_file
+    options.form = "text" if options.text else "array" if by_hand else "rows"
+    try:
+        _check_usage(options, unknown, by_hand)
+        _read_values(options)
+    except (ValueError, OSError) as fault:
+        parser.error(_in_our_words(str(fault)))
+    return options
 
 
 def _add_options(add: Callable[..., Any]) -> None:
@@ -2082,6 +2053,35 @@ def _utf8(word: str) -> str:
     with contextlib.suppress(UnicodeError):
         return os.fsencode(word).decode("utf-8")
     return word
+
+
+def _check_usage(options: Any, unknown: List[str], by_hand: bool) -> None:
+    files = options.input_file, options.output_file, options.joblog
+    has_model = options.model or options.demo
+    for is_wrong, words in (
+            (unknown, "unknown: " + " ".join(  # without values: one may be a key
+                word.split("=")[0] for word in unknown)),
+            (options.prompts and files[0], "give either prompts or -i"),
+            (files[0] == "-" and (sys.stdin is None or sys.stdin.isatty()),
+             "nothing to ask: give prompts, -i FILE or lines on stdin"),
+            (by_hand and not has_model or options.model == "", "name a model: -m MODEL"),
+            (options.text and files[1], "--text goes to stdout, not to -o"),
+            ("" in files, "-i, -o and --joblog take the name of a file")):
+        if is_wrong:
+            raise ValueError(words)
+
+
+def _read_values(options: Any) -> None:
+    options.system = options.system and _or_file(options.system)
+    options.param = {name: _json_or_word(_or_file(text)) for name, text in (
+        _pair(word, "=", "--param is NAME=JSON") for word in options.param)}
+    _payload("x", dict({"model": "x"}, **options.param))
+    options.headers = dict(_pair(line, ":", "--header is NAME: VALUE")
+                           for line in options.headers)
+    at, shards = map(int, _pair(options.shard, "/", "--shard is I/N"))
+    if not 0 < at <= shards:
+        raise ValueError("--shard is I/N, with I from 1 to N")
+    options.shard = range(at - 1, sys.maxsize, shards)
 
 
 def _or_file(value: str) -> str:
@@ -2127,65 +2127,73 @@ class _Input:
     """
 
     def __init__(self, fd: int, prompts: List[str]) -> None:
-        self.fd, self.start, self.is_json = fd, 0, False
-        text = "\n".join(json.dumps({"prompt": prompt}) for prompt in prompts).encode()
-        self.read: Callable[[int, int], bytes] = lambda size, at: text[at:at + size]
-        self.is_pipe = not prompts and not os.path.isfile(fd)
-        if not (prompts or self.is_pipe):
-            self.start = os.lseek(fd, 0, os.SEEK_CUR)
-            self.read = functools.partial(os.pread, fd)
-        self.index = array.array("q")  # number, start and size of each row's line
-        self.lines: Dict[int, Tuple[int, bytes]] = {}  # of a pipe: not asked yet
+        self.fd, self.prompts, self.is_open = fd, prompts, True
+        self.is_file = os.path.isfile(fd)
+        self.is_pipe = not (self.is_file or prompts)
+        self.is_json = False
+        self.index = array.array("q")  # of a file: number, start, size of rows' lines
+        self.lines: Dict[int, Tuple[int, bytes]] = {}  # else: rows not asked yet
 
     def scan(self, shard: range) -> Iterator[Optional[int]]:
         """The shard's rows, from 0; None where a pipe has nothing to read yet."""
-        count = row = number = quoted = 0
-        start = self.start
+        start = os.lseek(self.fd, 0, os.SEEK_CUR) if self.is_file else 0
+        row = number = count = quoted = 0
         for line in self._lines():
             if line is None:
                 yield None
                 continue
             text, number = _strip(line), number + 1
+            if text and not count:
+                self._check_first(text)
             quoted += text[:1] != b"{" and bool(_is_csv(text))
             if quoted > 1:
                 raise ConfigurationError('the input is CSV: write {"prompt": ...} rows')
-            for matches, what in _NO_ROWS if text and not count else ():
-                if matches(text):
-                    raise ConfigurationError("the input is " + what)
-            self.is_json = self.is_json or not count and text[:1] == b"{"
             if text and count in shard:
-                if self.is_pipe:
-                    self.lines[row] = number, text
-                else:
+                if self.is_file:
                     self.index.extend((number, start, len(line)))
+                else:
+                    self.lines[row] = number, text
                 yield row
                 row += 1
-            count, start = count + bool(text), start + len(line) + 1
+            count, start = count + bool(text), start + len(line)
+        self.is_open = False
 
-    def get(self, row: int) -> Tuple[int, bytes]:
-        """The number and the text of a row's line."""
-        if self.is_pipe:
-            return self.lines[row]
-        number, start, size = self.index[3 * row:3 * row + 3]
-        line = self.read(size, start)
-        if len(line) < size:
-            raise OSError("the input was cut short meanwhile")
-        return number, _strip(line)
+    def _check_first(self, text: bytes) -> None:
+        for matches, what in _NO_ROWS:
+            if matches(text):
+                raise ConfigurationError("the input is " + what)
+        self.is_json = text[:1] == b"{"
 
     def _lines(self) -> Iterator[Optional[bytes]]:
         """Lines as bytes: only \\n ends one, others may stand inside of strings."""
-        at, parts, data = self.start, [b""], b"-"
-        while data:
-            if self.is_pipe and not select.select([self.fd], [], [], 0)[0]:
+        if self.is_file:
+            with open(self.fd, "rb", closefd=False) as file:
+                yield from file
+        for prompt in self.prompts:
+            yield json.dumps({"prompt": prompt}).encode()
+        rest = bytearray()
+        while self.is_pipe:
+            if not select.select([self.fd], [], [], 0)[0]:
                 yield None
                 continue
-            data = os.read(self.fd, 1 << 16) if self.is_pipe else self.read(1 << 16, at)
-            at, lines = at + len(data), data.split(b"\n")
-            parts.append(lines[0])
-            if not data or len(lines) > 1:
-                yield b"".join(parts)
-                yield from lines[1:-1]
-                parts = lines[-1:]
+            data = os.read(self.fd, 1 << 16)
+            rest += data
+            if b"\n" in data or not data:
+                *lines, rest = rest.split(b"\n")
+                yield from lines
+            if not data:
+                yield rest
+                return
+
+    def get(self, row: int) -> Tuple[int, bytes]:
+        """The number and the text of a row's line."""
+        if not self.is_file:
+            return self.lines[row]
+        number, start, size = self.index[3 * row:3 * row + 3]
+        line = os.pread(self.fd, size, start)
+        if len(line) < size:
+            raise OSError("the input was cut short meanwhile")
+        return number, _strip(line)
 
 
 def _strip(line: bytes) -> bytes:
@@ -2195,10 +2203,11 @@ def _strip(line: bytes) -> bytes:
 
 class _Row(NamedTuple):
     """A question of the input."""
-    id: str    # its custom_id, else its line
+    number: int  # of the shard's rows, from 0
+    id: str      # its custom_id, else its line
     line: int
     body: Dict[str, Any]
-    mark: str  # of all that is asked: another one is another question
+    mark: str    # of all that is asked: another one is another question
     problem: Optional[ConfigurationError]  # why it cannot be asked
 
 
@@ -2224,7 +2233,7 @@ def _row(source: _Input, n: int, options: Any) -> _Row:
     except ValueError as fault:
         problem = ConfigurationError("line %d cannot be read: %s" % (number, fault),
                                      code="invalid_json_line")
-    return _Row(name, number, body, _digest(_canonical(body)), problem)
+    return _Row(n, name, number, body, _digest(_canonical(body)), problem)
 
 
 def _body(value: Dict[str, Any], options: Any) -> Dict[str, Any]:
@@ -2260,19 +2269,18 @@ def _digest(text: str) -> str:
     return "%08x%08x" % (zlib.crc32(data), zlib.crc32(data[::-1]))
 
 
-def _result(row: _Row, outcome: Union[Completion, Error]) -> bytes:
+def _result(row: _Row, outcome: Outcome) -> bytes:
     """The OpenAI Batch output line. A failure stands in both the places where readers
     look for it: https://github.com/openai/openai-openapi/issues/302"""
-    status, body = getattr(outcome, "status_code", 200), outcome.body
-    error: Optional[Dict[str, Any]] = None
+    name, body = "batch_req_%s_%s" % (_digest(row.id), row.mark), outcome.body
+    status, error = getattr(outcome, "status_code", 200), None
     if isinstance(outcome, Error):
-        error = {"code": _code(outcome), "message": str(outcome)}
+        error = {"code": _code(outcome), "message": str(outcome)}  # type: Dict[str, Any]
         if isinstance(outcome, ConfigurationError):
             error["line"] = row.line
         if not isinstance(body, dict):
             body = {"error": {"message": body, "type": None, "param": None,
                               "code": None}}
-    name = "batch_req_%s_%s" % (_digest(row.id), row.mark)
     response = {"status_code": status, "body": body,
                 "request_id": outcome.request_id or name}
     return json.dumps({"id": name, "custom_id": row.id, "error": error,
@@ -2282,31 +2290,38 @@ def _result(row: _Row, outcome: Union[Completion, Error]) -> bytes:
 # Results
 
 
-def _write(fd: int, data: bytes) -> None:
+def _write(write: Callable[[bytes], int], data: bytes) -> None:
     """All of it or an OSError: file objects keep what a full disk refused for later."""
-    left = memoryview(data)
-    while left:
-        left = left[os.write(fd, left):]
+    while data:
+        data = data[write(data):]
 
 
 class _Stream:
     """Results to a pipe, in the order of the rows: what comes early is held back."""
-    tokens, skipped, found = 0, 0, ()  # which a checkpoint has
+    skipped, found = (), ()  # which a checkpoint has
 
-    def __init__(self, write: Callable[[bytes], Any], form: str) -> None:
-        self.write, self.form = write, form
+    def __init__(self, write: Callable[[bytes], int], form: str) -> None:
+        self.write, self.form = functools.partial(_write, write), form
         self.early: Dict[int, bytes] = {}
         self.written = 0
 
-    def put(self, n: int, row: Optional[_Row], outcome: Any) -> None:
-        """Take a result; without a row, it was left."""
+    def put(self, row: _Row, outcome: Outcome) -> None:
         text = getattr(outcome, "text", None)
         if self.form == "rows":
-            self.early[n] = _result(row, outcome) if row else b""
+            self._add(row.number, _result(row, outcome))
+        elif text is None:
+            self.leave(row.number)
         else:
-            words = json.dumps(text, ensure_ascii=False) if self.form == "array" else (
-                "" if text is None else text + "\n")
-            self.early[n] = words.encode("utf-8", "backslashreplace")
+            text = text + "\n" if self.form == "text" else (
+                json.dumps(text, ensure_ascii=False))
+            self._add(row.number, text.encode("utf-8", "backslashreplace"))
+
+    def leave(self, n: int) -> None:
+        """A row has no result."""
+        self._add(n, b"null" if self.form == "array" else b"")
+
+    def _add(self, n: int, data: bytes) -> None:
+        self.early[n] = data
         while self.written in self.early:
             if self.form == "array":
                 self.write(b",\n " if self.written else b"[")
@@ -2324,7 +2339,7 @@ class _Stream:
     def close(self, rows: int) -> None:
         for n in range(self.written, rows):  # after a stop there may be gaps
             if n not in self.early:
-                self.put(n, None, None)
+                self.leave(n)
         if self.form == "array":
             self.write(b"]\n" if rows else b"[]\n")
 
@@ -2340,12 +2355,11 @@ class _Checkpoint:
 
     def __init__(self, fd: int, path: str, skip_failed: bool) -> None:
         self.fd, self.path, self.skip_failed = fd, path, skip_failed
-        # The offset + 1 of each row's line: negative for a failure; 0: there is none.
-        self.places = array.array("q")
-        # By id, of rows not met yet: the same << 64, with the mark or, of a failure,
-        # whether it was one for good. Tuples would take 100 bytes more for each.
-        self.found: Dict[str, int] = {}
-        self.lines = self.end = self.tokens = self.skipped = 0
+        self.places = array.array("q")  # offset + 1 of each row's line; 0: it has none
+        # By id, of rows not met yet: the same << 64 | the mark. Negative: it failed.
+        self.found: Dict[str, int] = {}  # Tuples would take 100 bytes more for each.
+        self.skipped: Set[str] = set()   # ids of failures that are to stay
+        self.lines = self.end = self.tokens = 0
         self.gap = b""  # what is missing at the end
         self._lock()
         self._load()
@@ -2371,17 +2385,16 @@ class _Checkpoint:
         bad, start = 0, b'{"id": "batch_req_'
         with open(self.path, "rb") as lines:
             for line in lines:
-                whole = line.endswith(b"\n")
                 try:
                     text = line.decode("utf-8").lstrip("\ufeff")
                     self._learn(_parse(text, 2 * _MAX_DEPTH))
                 except (ValueError, LookupError, TypeError, AttributeError):
-                    is_ours = self.found or start.startswith(line[:len(start)])
-                    if is_ours and not whole:
+                    if not line.endswith(b"\n") and (
+                            self.found or start.startswith(line[:len(start)])):
                         break  # torn by a kill: the next row takes its place
                     bad += 1
                 self.lines, self.end = self.lines + 1, self.end + len(line)
-                self.gap = b"" if whole else b"\n"
+                self.gap = b"" if line.endswith(b"\n") else b"\n"
         if bad:
             _say("cometlimit: %d lines of %s are no results" % (bad, self.path))
             if not self.found:
@@ -2390,23 +2403,25 @@ class _Checkpoint:
 
     def _learn(self, result: Any) -> None:
         """Take note of an output line, whoever wrote it."""
-        name, place = str(result["custom_id"]), self.end + 1
+        name, place = str(result["custom_id"]), (self.end + 1) << 64
         response, error = result["response"], result.get("error")
         response = response if isinstance(response, dict) else {}
         status, body = response.get("status_code"), response.get("body")
+        self.skipped.discard(name)
         is_good = error is None and status in range(200, 300)
         if is_good and isinstance(body, dict) and body and not body.get("error"):
             found = re.match("batch_req_[0-9a-f]{16}(?:_([0-9a-f]{16}))?$",
                              str(result.get("id")))
             # Rows of other programs have no mark; version 1.0 made marks that fit none.
-            mark = int(found.group(1) or "1", 16) if found else 0
-            self.found[name] = place << 64 | mark
+            self.found[name] = place | int(found and (found.group(1) or "1") or "0", 16)
             self.tokens += _tokens(body.get("usage"))
         elif self.found.get(name, 0) <= 0:
+            self.found[name] = -place
             code = error.get("code") if isinstance(error, dict) else None
-            self.found[name] = -(place << 64 | (
-                status not in RETRYABLE | {401, 402} if status
-                else str(code).startswith("invalid_")))
+            may_pass = status in RETRYABLE | {401, 402} if status else (
+                not str(code).startswith("invalid_"))
+            if self.skip_failed and not may_pass:
+                self.skipped.add(name)
 
     def meet(self, row: _Row) -> int:
         """The state of the input's next row. Raises ConfigurationError if what was
@@ -2414,30 +2429,30 @@ class _Checkpoint:
         found = self.found.get(row.id, 0)
         place, mark = divmod(abs(found), 1 << 64)
         self.places.append(0)
-        if found > 0 and mark not in (0, int(row.mark, 16)):
+        if mark not in (0, int(row.mark, 16)):
             raise ConfigurationError(
                 "%s is of another input or other settings: there, %r asked something "
                 "else. Name another -o, or delete such rows" % (self.path, row.id))
-        self.places[-1] = place if found > 0 else -place
+        self.places[-1] = place
         self.found.pop(row.id, None)
-        is_skipped = found < 0 and self.skip_failed and mark > 0
-        self.skipped += is_skipped
-        return _DONE if found > 0 or is_skipped else _FAILED if found else _NEW
+        is_kept = found > 0 or row.id in self.skipped
+        return _DONE if is_kept else _FAILED if found else _NEW
 
-    def put(self, n: int, row: Optional[_Row], outcome: Any) -> None:
-        if row is None:
-            return  # it is left as it is
+    def put(self, row: _Row, outcome: Outcome) -> None:
         self._check_size()
-        line, place = self.gap + _result(row, outcome), self.end + len(self.gap) + 1
+        line = self.gap + _result(row, outcome)
         try:
-            _write(self.fd, line)
+            _write(functools.partial(os.write, self.fd), line)
         except OSError:  # a full disk takes half a row
             os.ftruncate(self.fd, self.end)
             raise
-        self.places[n] = -place
+        self.places[row.number] = self.end + len(self.gap) + 1
         if isinstance(outcome, Completion):
-            self.places[n], self.tokens = place, self.tokens + _tokens(outcome.usage)
+            self.tokens += _tokens(outcome.usage)
         self.lines, self.end, self.gap = self.lines + 1, self.end + len(line), b""
+
+    def leave(self, n: int) -> None:
+        """A row's line stays as it is."""
 
     def begin(self) -> None:
         os.ftruncate(self.fd, self.end)  # half a row is no row
@@ -2453,7 +2468,7 @@ class _Checkpoint:
 
     def close(self, _: int) -> None:
         self.look()
-        order = [abs(place) for place in self.places if place]
+        order = list(filter(None, self.places))
         order += sorted(abs(found) >> 64 for found in self.found.values())
         if len(order) != self.lines or order != sorted(order):
             try:
@@ -2476,7 +2491,8 @@ class _Checkpoint:
                 rows.seek(0)
                 for line in rows if places is None else (
                         (rows.seek(place - 1), rows.readline())[1] for place in places):
-                    _write(fd, line if places is None else line.rstrip(b"\n") + b"\n")
+                    line = line if places is None else line.rstrip(b"\n") + b"\n"
+                    _write(functools.partial(os.write, fd), line)
             os.fchmod(fd, os.fstat(self.fd).st_mode & 0o777)
             os.fsync(fd)
             os.replace(draft, self.path)
@@ -2505,7 +2521,7 @@ class _Screen:
         self.options = options
         self.total: Optional[int] = None  # rows, if that is known beforehand
         self.kept = self.answers = self.failures = self.tokens = 0
-        self.errors: Dict[str, List[Any]] = {}  # by code: how many, the first one, ids
+        self.errors: Dict[str, List[str]] = {}  # by code: a message, ids of its rows
         self.trouble, self.trouble_at = "", -math.inf  # the last attempt that failed
         self.is_reached = False
         self.began = time.monotonic()
@@ -2515,29 +2531,25 @@ class _Screen:
             sys.stderr and sys.stderr.isatty())
         self.due = self.began + (0.0 if self.bar else _PLAIN)
 
-    def attempt(self, record: Record, place: str) -> None:
+    def attempt(self, record: Record, client: Client) -> None:
         self.tokens += record.prompt_tokens + record.completion_tokens
         self.is_reached |= record.status is not None or record.error == "timeout"
         if record.error is not None:
             self.trouble_at = time.monotonic()
             if not self.trouble:
                 self.due = min(self.due, self.trouble_at + 1.0)  # the first comes early
-            self.trouble = "no connection to " + place if (
-                record.error.startswith("connect")) else "%s %s" % (
-                record.status or "", record.error)
+            self.trouble = "%s %s" % (record.status or "", record.error)
+            if record.error.startswith("connect"):
+                self.trouble = "no connection to " + (
+                    urllib.parse.urlsplit(client.base_url).netloc)
 
-    def count(self, row: _Row, outcome: Union[Completion, Error]) -> None:
-        if not isinstance(outcome, Error):
-            self.answers += 1
-            return
-        self.failures += 1
-        text, form = _in_our_words(str(outcome)), self.options.form
-        if form != "rows":
-            _say("cometlimit: %s: %s" % (row.id, text))
-        kind = self.errors.setdefault(_code(outcome), [0, text, []])
-        kind[0] += 1
-        if kind[0] <= 10:
-            kind[2].append(row.id)
+    def count(self, row: _Row, outcome: Outcome) -> None:
+        self.answers += isinstance(outcome, Completion)
+        if isinstance(outcome, Error):
+            self.failures += 1
+            self.errors.setdefault(_code(outcome), [str(outcome)]).append(row.id)
+            if self.options.form != "rows":
+                _say("cometlimit: %s: %s" % (row.id, outcome))
 
     def draw(self, client: Client, stopping: str) -> None:
         """Show how the run goes, if that is due."""
@@ -2556,7 +2568,9 @@ class _Screen:
             self.past.popleft()
         rate = (done - self.past[0][1]) / max(0.001, now - self.past[0][0])
         left = (total - self.kept - done) / rate if total and rate else 0.0
-        chance = max([100 * one.chance // max(1, one.requests) for one in stats] or [0])
+        chance = max([100 * min(one.chance, sum(
+            one.statuses[status] for status in (429, 503, 529))) // max(1, one.requests)
+            for one in stats] or [0])
         parts = [  # each with its rank: the highest gives way where there is no room
             (0, "%d%s done" % (done + self.kept, "/%d" % total if total else "")),
             (1, self.failures and "%d failed" % self.failures), (4, "%.1f/s" % rate),
@@ -2575,14 +2589,14 @@ class _Screen:
     def summary(self, client: Client, sink: Any, left: int) -> Iterator[str]:
         stats = client.metrics.values()
         yield str(client.metrics)
-        for code, (count, message, ids) in sorted(self.errors.items()):
+        for code, (message, *ids) in sorted(self.errors.items()):
             if self.options.form == "rows":  # else they were told at once
                 yield textwrap.fill("%d x %s (%s%s): %s" % (
-                    count, code, ", ".join(ids), ", ..." * (count > len(ids)),
-                    message[:300]), 80, subsequent_indent="  ")
-        odd = [sum(one.empty for one in stats), sum(one.cut_off for one in stats)]
+                    len(ids), code, ", ".join(ids[:10]), ", ..." * (len(ids) > 10),
+                    _in_our_words(message)[:300]), 80, subsequent_indent="  ")
+        odd = sum(one.empty for one in stats), sum(one.cut_off for one in stats)
         if any(odd):
-            yield "answers without text: %d; cut off by a length limit: %d" % tuple(odd)
+            yield "answers without text: %d; cut off by a length limit: %d" % odd
         if isinstance(sink, _Checkpoint):
             yield "tokens: %d in this run, %d in all of %s" % (
                 self.tokens, sink.tokens, sink.path)
@@ -2600,41 +2614,38 @@ class _Job:
     def __init__(self, options: Any, stack: contextlib.ExitStack) -> None:
         self.options, self.stack, self.screen = options, stack, _Screen(options)
         self.events: Any = queue.Queue()  # what happened: its method, and the argument
-        self.calls: Dict[Future, Tuple[int, _Row]] = {}  # under way
+        self.calls: Dict[Future, _Row] = {}  # under way
         self.files: Dict[str, int] = {}   # that are open, by what they are for
         self.ids: Set[str] = set()
         self.todo, self.models = bytearray(), []  # type: bytearray, List[str]  # by row
         self.cursors = [0, 0, 0]          # where to look for the next row, by state
-        self.doubt = _Doubt()
-        self.signal = 0
+        self.doubt, self.signal = _Doubt(), 0
         self.reason, self.until = "", math.inf  # why, and when, it ends early
         self.looked = 0.0
-        self.is_sending = self.is_reading = False
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if threading.current_thread() is threading.main_thread() and (
-                    signal.getsignal(number) is not signal.SIG_IGN):  # as under nohup
-                stack.callback(signal.signal, number,
-                               signal.signal(number, self._on_signal))
+        self._on_signals(lambda number, _: sys.exit(128 + number))
         self.client = Client(
             api_key="none" if options.dry_run else None,
             on_record=lambda record: self.events.put((self._log, record)),
             **{name: vars(options)[name] for name in _OPTIONS & set(vars(options))})
         stack.callback(self.client.close)
-        self.place = urllib.parse.urlsplit(self.client.base_url).netloc
-        self.input = self._input(options.input_file)
+        source = options.input_file
+        self.input = _Input(-1 if source is None else self._open(
+            "input", sys.stdin.fileno() if source == "-" else source, os.O_RDONLY),
+            options.prompts)
         self.rows = self.input.scan(options.shard)
         self.sink = self._output(options.output_file or "-")
+        self.joblog = None
 
     def run(self) -> int:
         """Returns the exit status. Raises Error or OSError before anything is sent."""
+        if self.options.dry_run or not self.input.is_pipe:
+            bad = self._survey()
         if self.options.dry_run:
-            return int(self._survey() > 0)
-        if not self.input.is_pipe:
-            self._survey()
-            self.screen.total = len(self.todo)
+            return int(bad > 0)
         self.joblog = self.options.joblog and self._open(
             "job log", self.options.joblog, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        lost, self.is_sending, self.is_reading = False, True, self.input.is_pipe
+        self._on_signals(self._end_by_signal)
+        lost = False
         try:
             self.sink.begin()
             while self._fill() or self.calls or not self.events.empty():
@@ -2644,27 +2655,25 @@ class _Job:
                 self._look()
             self.sink.close(len(self.todo))
         except (OSError, ConfigurationError) as fault:  # no result can be written
-            if self.is_reading and not self.todo:
-                raise
+            if not self.todo:
+                raise  # nothing was sent
             lost, self.reason = True, "the results cannot be written: %s" % fault
             if isinstance(fault, BrokenPipeError):
                 self.signal = signal.SIGPIPE  # as `head` leaves: quietly
         return self._end(lost)
 
-    def _on_signal(self, number: int, _: Any) -> None:
-        if not self.is_sending:
-            raise SystemExit(128 + number)
+    def _on_signals(self, handler: Callable[[int, Any], Any]) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if threading.current_thread() is threading.main_thread() and (
+                    signal.getsignal(number) is not signal.SIG_IGN):  # as under nohup
+                self.stack.callback(signal.signal, number, signal.signal(number, handler))
+
+    def _end_by_signal(self, number: int, _: Any) -> None:
         if self.signal:
             os._exit(128 + number)  # the second one: no row waits to be written
         self.signal = number
 
-    def _input(self, path: Optional[str]) -> _Input:
-        if path is None:
-            return _Input(-1, self.options.prompts)
-        return _Input(self._open("input", sys.stdin.fileno() if path == "-" else path,
-                                 os.O_RDONLY), [])
-
-    def _output(self, path: Any) -> Any:
+    def _output(self, path: str) -> Any:
         form, mode = self.options.form, os.O_CREAT | os.O_APPEND
         if self.options.dry_run and not os.path.isfile(path):
             return _Stream(len, form)
@@ -2672,15 +2681,15 @@ class _Job:
             raise ConfigurationError("stdout is closed: the answers would go nowhere")
         if path == "-":
             sys.stdout.flush()
-            try:
-                path = sys.stdout.fileno()
-            except OSError:  # a stream of Python's
-                return _Stream(sys.stdout.buffer.write, form)
-        if isinstance(path, str) and (os.path.isfile(path) or not os.path.exists(path)):
+            with contextlib.suppress(io.UnsupportedOperation):  # a stream of Python's
+                self._open("output", sys.stdout.fileno(), 0)
+            return _Stream(getattr(sys.stdout.buffer, "raw", sys.stdout.buffer).write,
+                           form)
+        if os.path.isfile(path) or not os.path.exists(path):
             return _Checkpoint(self._open("output", path, mode | os.O_RDWR),
                                os.path.realpath(path), self.options.skip_failed)
-        fd = self._open("output", path, mode | os.O_WRONLY)  # a pipe, a device, stdout
-        return _Stream(lambda data: _write(fd, data), form)
+        fd = self._open("output", path, mode | os.O_WRONLY)  # a pipe or a device
+        return _Stream(functools.partial(os.write, fd), form)
 
     def _open(self, role: str, file: Union[int, str], mode: int) -> int:
         """A descriptor for a file that has no other role."""
@@ -2713,6 +2722,7 @@ class _Job:
             raise ConfigurationError(
                 "%s is of another input: no row asks for %r, nor for %d more" % (
                     self.sink.path, min(self.sink.found), len(self.sink.found) - 1))
+        self.screen.total = len(self.todo)
         if self.options.dry_run:
             _say("%d rows, %d bad; by model: %s; %d answered already; %d characters" % (
                 len(self.todo), bad, ", ".join("%s x %d" % pair for pair in sorted(
@@ -2737,60 +2747,54 @@ class _Job:
 
     def _fill(self) -> bool:
         """Ask rows while there is room. Returns whether a pipe may have more."""
+        most = self.options.max_concurrency
         try:
-            most = self.options.max_concurrency
-            while not self.reason and len(self.calls) < (
-                    2 * most if self.screen.answers else self.doubt.width(most)):
-                if self.is_reading:
-                    self._read()
-                n = self._next()
+            while not self.reason and len(self.calls) < self.doubt.width(most):
+                self._read(_AHEAD * most)
+                n = self._next(_AHEAD * most)
                 if n is None:
                     break
-                self._ask(n, _row(self.input, n, self.options))
+                self._ask(_row(self.input, n, self.options))
         except (OSError, ConfigurationError) as fault:
-            if self.is_reading and not self.todo:
+            if not self.todo:
                 raise  # nothing was sent
             self._stop("the input cannot be read on: %s" % fault)
-        return self.is_reading and not self.reason
+        return self.input.is_open and not self.reason
 
-    def _read(self) -> None:
+    def _read(self, most: int) -> None:
         """Take from a pipe what is there, as far as there is room for it."""
-        room = self.options.max_concurrency * (16 if self.doubt.models else 2)
-        while self.todo.count(_NEW) < room and (
-                len(self.todo) < self.sink.written + 8 * room):
-            n = next(self.rows, -1)
-            self.is_reading = n != -1
-            if n is None or n < 0:
+        room = min(most - self.todo.count(_NEW, self.cursors[_NEW]),
+                   most + self.sink.written - len(self.todo))
+        for n in itertools.islice(self.rows, max(0, room)):
+            if n is None:
                 return
             row = self._meet(n)
             if row.problem:
-                self._ask(n, row)
+                self._ask(row)
 
-    def _next(self) -> Optional[int]:
-        """The next row to ask: new ones before those that failed in an earlier run, and
-        of models in doubt only samples. None: none for now."""
-        doubt = self.doubt
-        sample = doubt.sample(self.todo, self.models)
-        if sample is not None:
-            return sample
+    def _next(self, most: int) -> Optional[int]:
+        """The next row to ask, if it may be asked now: new ones before those that failed
+        in an earlier run, and of models in doubt only samples."""
+        n = self.doubt.sample(self.todo, self.models)
+        if n is not None:
+            return n
         for state in (_NEW, _FAILED):
             n = self.todo.find(state, self.cursors[state])
-            while n >= 0 and self.models[n] in doubt.models:
-                if self.models[n] in doubt.gone:
+            while n >= 0 and self.models[n] in self.doubt.models:
+                if self.doubt.models[self.models[n]]:
                     self.todo[n] = _DONE
-                    self.sink.put(n, None, None)
+                    self.sink.leave(n)
                 n = self.todo.find(state, n + 1)
             self.cursors[state] = n if n >= 0 else len(self.todo)
             if n >= 0:
-                ahead = n - self.sink.written
-                return n if ahead < _AHEAD * self.options.max_concurrency else None
-            if self.is_reading:
+                return n if n < self.sink.written + most else None
+            if self.input.is_open:
                 return None
         return None
 
-    def _ask(self, n: int, row: _Row) -> None:
-        self.todo[n] = _DONE
-        self.input.lines.pop(n, None)
+    def _ask(self, row: _Row) -> None:
+        self.todo[row.number] = _DONE
+        self.input.lines.pop(row.number, None)
         try:
             if row.problem is not None:
                 raise row.problem
@@ -2798,38 +2802,34 @@ class _Job:
         except Error as problem:
             call = Future()
             call.set_exception(problem)
-        self.calls[call] = n, row
+        self.calls[call] = row
         call.add_done_callback(lambda call: self.events.put((self._finish, call)))
 
     def _finish(self, call: Future) -> None:
-        n, row = self.calls.pop(call)
+        row, doubt = self.calls.pop(call), self.doubt
         outcome: Any = call.exception() or call.result()
-        model, doubt = self.models[n], self.doubt
-        if isinstance(outcome, Completion):
-            is_changed = doubt.dismiss(model)
-        else:
-            if re.search(r"; come back at \d\d:\d\d$", str(outcome)):
-                self._stop(str(outcome))
-            is_changed = doubt.count(n, model, outcome, self.screen.is_reached)
-            if is_changed and len(doubt.gone) >= 3 and not self.screen.answers:
-                self._stop(doubt.gone[model])
-        if is_changed:
+        failed = isinstance(outcome, Error)
+        if failed and re.search(r"; come back at \d\d:\d\d$", str(outcome)):
+            self._stop(str(outcome))
+        if doubt.learn(row.number, self.models[row.number], outcome, self.screen.is_reached):
             self.cursors = [0, 0, 0]  # rows that were passed over are looked at again
-        doubt.samples.discard(n)
-        if self.reason and isinstance(outcome, Error) and (
-                outcome.retryable or outcome.code == "cancelled"):
-            return  # left to the next run
-        self.screen.count(row, outcome)
-        self.sink.put(n, row, outcome)
+            gone = doubt.gone()
+            if gone and (len(gone) == len(set(self.models)) or (
+                    len(gone) >= 3 and not doubt.is_answered)):
+                self._stop(gone[-1])
+        if not (self.reason and failed and (
+                outcome.retryable or outcome.code == "cancelled")):
+            self.screen.count(row, outcome)  # others are left to the next run
+            self.sink.put(row, outcome)
 
     def _log(self, record: Record) -> None:
-        self.screen.attempt(record, self.place)
+        self.screen.attempt(record, self.client)
         most = self.options.max_tokens_total
         if most is not None and self.screen.tokens > most:
             self._stop("%d tokens were used" % self.screen.tokens)
         if self.joblog:
             try:
-                _write(self.joblog, json.dumps(record._asdict()).encode() + b"\n")
+                _write(functools.partial(os.write, self.joblog), json.dumps(record._asdict()).encode() + b"\n")
             except OSError as fault:  # no reason to lose answers
                 _say("cometlimit: the job log cannot be written: %s" % fault)
                 self.joblog = None
@@ -2860,28 +2860,24 @@ class _Job:
 
     def _end(self, lost: bool) -> int:
         """Say what became of the run, and return its exit status."""
-        screen, gone = self.screen, list(self.doubt.gone.values())
+        screen, is_quiet = self.screen, self.options.quiet
         left = len(self.todo) - screen.kept - screen.answers - screen.failures
-        if left and gone and len(gone) == len(set(self.models)):
-            self.reason = self.reason or gone[0]
-        is_early = bool(self.reason) and (lost or left > 0 or self.is_reading)
-        is_quiet = self.options.quiet or self.signal == signal.SIGPIPE
+        is_early = bool(self.reason) and (lost or left > 0 or self.input.is_open)
         if screen.bar:
             _say("", "\x1b[K\r")
+        if self.signal == signal.SIGPIPE:
+            return 128 + self.signal
         if not is_quiet and (self.options.form == "rows" or screen.total != 1):
             _say("\n".join(screen.summary(self.client, self.sink, left)))
-        for reason in [self.reason] if is_early else gone:
-            if self.signal != signal.SIGPIPE:
-                _say("cometlimit: stopped: " + _in_our_words(reason))
+        for reason in [self.reason] if is_early else self.doubt.gone():
+            _say("cometlimit: stopped: " + reason)
         if not is_quiet and (is_early or left or screen.failures) and isinstance(
                 self.sink, _Checkpoint):
             words = ["the", "same", "command"] if self.options.headers else map(
                 shlex.quote, [sys.executable] + sys.argv)
             _say("to go on: " + " ".join(words))
-        if self.signal:
-            return int(128 + self.signal)
         is_lacking = left or screen.failures or self.sink.skipped
-        return 3 if is_early else 1 if is_lacking else 0
+        return 128 + self.signal if self.signal else 3 if is_early else int(bool(is_lacking))
 
 
 class _Doubt:
@@ -2893,54 +2889,55 @@ class _Doubt:
     """
 
     def __init__(self) -> None:
-        # By model, code, and whether it was a sample: failures since the last answer.
-        self.alike: Dict[Tuple[str, str, bool], int] = collections.Counter()
-        self.models: Set[str] = set()   # in doubt
-        self.samples: Set[int] = set()  # rows that are under way
-        self.gone: Dict[str, str] = {}  # models that were given up, and why
+        # By model, then code and whether it was a sample: failures since its last answer.
+        self.alike: Dict[str, Dict[Tuple[str, bool], int]] = {}
+        self.models: Dict[str, str] = {}  # in doubt; why its rows are left, if they are
+        self.samples: Set[int] = set()    # rows that are under way
+        self.streak, self.is_answered = 0, False  # failures since any model's answer
         self.spot = 0
 
-    def count(self, n: int, model: str, error: Error, is_reached: bool) -> bool:
-        """A failure came. Returns whether the model is given up by it."""
-        if not (error.retryable or error.status_code in _SHARED
-                or isinstance(error, (APIConnectionError, APIResponseError))):
-            return False
-        is_sample = n in self.samples
-        key = model, _code(error), is_sample
-        self.alike[key] += 1
-        if not is_sample and self.alike[key] >= _ALIKE:
-            self.models.add(model)
-        if not is_sample or self.alike[key] < (
-                _PATIENCE if error.retryable and is_reached else _ALIKE):
-            return False
-        self.gone[model] = "rows of %s fail alike: %s" % (model, error)
-        return True
+    def gone(self) -> List[str]:
+        """Why rows are left, for each model whose rows are."""
+        return list(filter(None, self.models.values()))
 
-    def dismiss(self, model: str) -> bool:
-        """An answer came. Returns whether the model was in doubt."""
-        for key in [key for key in self.alike if key[0] == model]:
-            del self.alike[key]
-        was_in_doubt = model in self.models
-        self.models.discard(model)
-        self.gone.pop(model, None)
-        return was_in_doubt
+    def learn(self, n: int, model: str, outcome: Outcome, is_reached: bool) -> bool:
+        """Returns whether rows that were passed over may be asked or left now."""
+        is_sample = n in self.samples
+        self.samples.discard(n)
+        if isinstance(outcome, Completion):
+            self.streak, self.is_answered = 0, True
+            self.alike.pop(model, None)
+            return self.models.pop(model, None) is not None
+        if not (outcome.retryable or outcome.status_code in _SHARED
+                or isinstance(outcome, (APIConnectionError, APIResponseError))):
+            return False
+        self.streak += 1
+        alike = self.alike.setdefault(model, collections.Counter())
+        key = _code(outcome), is_sample
+        alike[key] += 1
+        may_pass = is_sample and outcome.retryable and is_reached
+        if alike[key] < (_PATIENCE if may_pass else _ALIKE):
+            return False
+        reason = "rows of %s fail alike: %s" % (model, outcome)
+        self.models[model] = self.models.get(model) or (reason if is_sample else "")
+        return is_sample
 
     def width(self, most: int) -> int:
-        """The most rows under way before the first answer: fewer where some failed."""
-        least = min(_ALIKE, most) if self.models else 1
-        return max(least, most - sum(self.alike.values()))
+        """The most rows under way: fewer where answers have not come or stay away."""
+        if self.streak >= (_ALIKE if self.is_answered else 1):
+            return min(most, _ALIKE - self.streak % _ALIKE)
+        return 2 * most if self.is_answered else most
 
     def sample(self, todo: bytearray, models: List[str]) -> Optional[int]:
         """A row, far from the last one, of a model in doubt; None: there are enough."""
-        for model in self.models - set(self.gone):
-            failed = sum(count for key, count in self.alike.items()
-                         if key[::2] == (model, True))
-            if len(self.samples) + failed % _ALIKE < _ALIKE:
+        for model, reason in list(self.models.items()):
+            if not reason and len(self.samples) < _ALIKE:
                 self.spot = (self.spot + len(todo) * 61 // 99 + 1) % len(todo)
                 for n in itertools.chain(range(self.spot, len(todo)), range(self.spot)):
                     if todo[n] and models[n] == model:
                         self.samples.add(n)
                         return n
+                del self.models[model]  # it has none left
         return None
 
 

@@ -2287,7 +2287,7 @@ class InputRows(CommandLine):
                 os.unlink("out")
                 self.cli("--dry-run", "-i", "in", expect=1)
                 self.assertIn("3 rows, 1 bad", self.err)
-                self.assertRegex(self.err, error["message"][:30].replace("(", r"\("))
+                self.assertIn(error["message"][:18], self.err)
                 self.assertEqual(len(server.requests), 2)
 
     def test_that_cannot_be_meant_are_refused(self):
@@ -3065,7 +3065,7 @@ class TheScreen(CommandLine):
         options = types.SimpleNamespace(quiet=False, output_file="out")
         screen = cometlimit._Screen(options)
         stats = cometlimit.Stats()
-        stats.rate, stats.requests, stats.chance = 9.76, 200, 6
+        stats.rate, stats.requests, stats.chance, stats.statuses[429] = 9.76, 200, 6, 6
         client = types.SimpleNamespace(metrics={("/v1", "m"): stats})
         screen.total, start = 5000, screen.began
         for second in range(0, 200, 10):
