@@ -1959,6 +1959,7 @@ _UNREACHED = 2     # times max_delay (a minute): no server was reached, the run 
 _ALIKE = 5         # rows of a model that fail alike, no answer between: it is in doubt
 _PATIENCE = 50     # rows from elsewhere before failures that may pass end its part
 _SHARED = frozenset({301, 302, 303, 307, 308, 401, 402, 403, 404, 405, 429, 503})
+_ADD = os.O_CREAT | os.O_APPEND
 _DONE, _NEW, _FAILED = 0, 1, 2  # what is to be done with a row; _FAILED: once before
 
 
@@ -2014,8 +2015,7 @@ def _options(argv: Optional[List[str]]) -> Any:
     by_hand = options.input_file in (None, "-") and not options.output_file
     options.form = "text" if options.text else "array" if by_hand else "rows"
     try:
-        _check_usage(options, unknown, by_hand)
-        _read_values(options)
+        _check(options, unknown, by_hand)
     except (ValueError, OSError) as fault:
         parser.error(_in_our_words(str(fault)))
     return options
@@ -2055,7 +2055,7 @@ def _utf8(word: str) -> str:
     return word
 
 
-def _check_usage(options: Any, unknown: List[str], by_hand: bool) -> None:
+def _check(options: Any, unknown: List[str], by_hand: bool) -> None:
     files = options.input_file, options.output_file, options.joblog
     has_model = options.model or options.demo
     for is_wrong, words in (
@@ -2069,9 +2069,6 @@ def _check_usage(options: Any, unknown: List[str], by_hand: bool) -> None:
             ("" in files, "-i, -o and --joblog take the name of a file")):
         if is_wrong:
             raise ValueError(words)
-
-
-def _read_values(options: Any) -> None:
     options.system = options.system and _or_file(options.system)
     options.param = {name: _json_or_word(_or_file(text)) for name, text in (
         _pair(word, "=", "--param is NAME=JSON") for word in options.param)}
@@ -2143,8 +2140,10 @@ class _Input:
                 yield None
                 continue
             text, number = _strip(line), number + 1
-            if text and not count:
-                self._check_first(text)
+            for matches, what in _NO_ROWS if text and not count else ():
+                if matches(text):
+                    raise ConfigurationError("the input is " + what)
+            self.is_json = self.is_json or not count and text[:1] == b"{"
             quoted += text[:1] != b"{" and bool(_is_csv(text))
             if quoted > 1:
                 raise ConfigurationError('the input is CSV: write {"prompt": ...} rows')
@@ -2157,12 +2156,6 @@ class _Input:
                 row += 1
             count, start = count + bool(text), start + len(line)
         self.is_open = False
-
-    def _check_first(self, text: bytes) -> None:
-        for matches, what in _NO_ROWS:
-            if matches(text):
-                raise ConfigurationError("the input is " + what)
-        self.is_json = text[:1] == b"{"
 
     def _lines(self) -> Iterator[Optional[bytes]]:
         """Lines as bytes: only \\n ends one, others may stand inside of strings."""
@@ -2180,9 +2173,9 @@ class _Input:
             rest += data
             if b"\n" in data or not data:
                 *lines, rest = rest.split(b"\n")
-                yield from lines
+                yield from map(bytes, lines)
             if not data:
-                yield rest
+                yield bytes(rest)
                 return
 
     def get(self, row: int) -> Tuple[int, bytes]:
@@ -2203,11 +2196,11 @@ def _strip(line: bytes) -> bytes:
 
 class _Row(NamedTuple):
     """A question of the input."""
-    number: int  # of the shard's rows, from 0
-    id: str      # its custom_id, else its line
+    n: int     # its place among the rows of the shard
+    id: str    # its custom_id, else its line
     line: int
     body: Dict[str, Any]
-    mark: str    # of all that is asked: another one is another question
+    mark: str  # of all that is asked: another one is another question
     problem: Optional[ConfigurationError]  # why it cannot be asked
 
 
@@ -2233,7 +2226,7 @@ def _row(source: _Input, n: int, options: Any) -> _Row:
     except ValueError as fault:
         problem = ConfigurationError("line %d cannot be read: %s" % (number, fault),
                                      code="invalid_json_line")
-    return _Row(n, name, number, body, _digest(_canonical(body)), problem)
+    return _Row(n, name, number, body, _digest(body), problem)
 
 
 def _body(value: Dict[str, Any], options: Any) -> Dict[str, Any]:
@@ -2263,9 +2256,9 @@ def _body(value: Dict[str, Any], options: Any) -> Dict[str, Any]:
 _canonical = json.JSONEncoder(sort_keys=True).encode
 
 
-def _digest(text: str) -> str:
-    """64 bits of a text; hashlib may refuse to work where FIPS rules."""
-    data = text.encode("utf-8", "backslashreplace")
+def _digest(value: Any) -> str:
+    """64 bits of a JSON value; hashlib may refuse to work where FIPS rules."""
+    data = _canonical(value).encode()
     return "%08x%08x" % (zlib.crc32(data), zlib.crc32(data[::-1]))
 
 
@@ -2273,9 +2266,10 @@ def _result(row: _Row, outcome: Outcome) -> bytes:
     """The OpenAI Batch output line. A failure stands in both the places where readers
     look for it: https://github.com/openai/openai-openapi/issues/302"""
     name, body = "batch_req_%s_%s" % (_digest(row.id), row.mark), outcome.body
-    status, error = getattr(outcome, "status_code", 200), None
+    status = getattr(outcome, "status_code", 200)
+    error: Optional[Dict[str, Any]] = None
     if isinstance(outcome, Error):
-        error = {"code": _code(outcome), "message": str(outcome)}  # type: Dict[str, Any]
+        error = {"code": _code(outcome), "message": str(outcome)}
         if isinstance(outcome, ConfigurationError):
             error["line"] = row.line
         if not isinstance(body, dict):
@@ -2296,6 +2290,11 @@ def _write(write: Callable[[bytes], int], data: bytes) -> None:
         data = data[write(data):]
 
 
+# How a pipe gets results: before the first, between two, at the end; for a lack of one.
+_FRAMES = {"array": (b"[", b",\n ", b"]\n", b"null"), "text": (b"",) * 4,
+           "rows": (b"",) * 4}
+
+
 class _Stream:
     """Results to a pipe, in the order of the rows: what comes early is held back."""
     skipped, found = (), ()  # which a checkpoint has
@@ -2305,31 +2304,23 @@ class _Stream:
         self.early: Dict[int, bytes] = {}
         self.written = 0
 
-    def put(self, row: _Row, outcome: Outcome) -> None:
+    def put(self, n: int, row: Optional[_Row], outcome: Optional[Outcome]) -> None:
+        """Take a row's result; None: it is left without one."""
+        start, comma, _, data = _FRAMES[self.form]
         text = getattr(outcome, "text", None)
-        if self.form == "rows":
-            self._add(row.number, _result(row, outcome))
-        elif text is None:
-            self.leave(row.number)
-        else:
+        if row and outcome and self.form == "rows":
+            data = _result(row, outcome)
+        elif text is not None:
             text = text + "\n" if self.form == "text" else (
                 json.dumps(text, ensure_ascii=False))
-            self._add(row.number, text.encode("utf-8", "backslashreplace"))
-
-    def leave(self, n: int) -> None:
-        """A row has no result."""
-        self._add(n, b"null" if self.form == "array" else b"")
-
-    def _add(self, n: int, data: bytes) -> None:
+            data = text.encode("utf-8", "backslashreplace")
         self.early[n] = data
         while self.written in self.early:
-            if self.form == "array":
-                self.write(b",\n " if self.written else b"[")
-            self.write(self.early.pop(self.written))
+            self.write((comma if self.written else start) + self.early.pop(self.written))
             self.written += 1
 
-    def meet(self, row: _Row) -> int:
-        return _NEW
+    def meet(self, row: _Row) -> Tuple[int, str]:
+        return _NEW, ""
 
     def look(self) -> None:
         """A pipe needs no care."""
@@ -2337,11 +2328,10 @@ class _Stream:
     begin = look
 
     def close(self, rows: int) -> None:
-        for n in range(self.written, rows):  # after a stop there may be gaps
-            if n not in self.early:
-                self.leave(n)
-        if self.form == "array":
-            self.write(b"]\n" if rows else b"[]\n")
+        start, _, end, _ = _FRAMES[self.form]
+        for n in set(range(self.written, rows)) - set(self.early):  # after a stop
+            self.put(n, None, None)
+        self.write(end if rows else start + end)
 
 
 class _Checkpoint:
@@ -2360,7 +2350,6 @@ class _Checkpoint:
         self.found: Dict[str, int] = {}  # Tuples would take 100 bytes more for each.
         self.skipped: Set[str] = set()   # ids of failures that are to stay
         self.lines = self.end = self.tokens = 0
-        self.gap = b""  # what is missing at the end
         self._lock()
         self._load()
 
@@ -2394,7 +2383,6 @@ class _Checkpoint:
                         break  # torn by a kill: the next row takes its place
                     bad += 1
                 self.lines, self.end = self.lines + 1, self.end + len(line)
-                self.gap = b"" if line.endswith(b"\n") else b"\n"
         if bad:
             _say("cometlimit: %d lines of %s are no results" % (bad, self.path))
             if not self.found:
@@ -2414,7 +2402,9 @@ class _Checkpoint:
                              str(result.get("id")))
             # Rows of other programs have no mark; version 1.0 made marks that fit none.
             self.found[name] = place | int(found and (found.group(1) or "1") or "0", 16)
-            self.tokens += _tokens(body.get("usage"))
+            usage = body.get("usage") or {}
+            counts = usage.get("prompt_tokens"), usage.get("completion_tokens")
+            self.tokens += sum(count for count in counts if isinstance(count, int))
         elif self.found.get(name, 0) <= 0:
             self.found[name] = -place
             code = error.get("code") if isinstance(error, dict) else None
@@ -2423,44 +2413,43 @@ class _Checkpoint:
             if self.skip_failed and not may_pass:
                 self.skipped.add(name)
 
-    def meet(self, row: _Row) -> int:
-        """The state of the input's next row. Raises ConfigurationError if what was
-        answered is another question."""
+    def meet(self, row: _Row) -> Tuple[int, str]:
+        """What is to be done with the input's next row, and what is wrong with it."""
         found = self.found.get(row.id, 0)
         place, mark = divmod(abs(found), 1 << 64)
-        self.places.append(0)
-        if mark not in (0, int(row.mark, 16)):
-            raise ConfigurationError(
-                "%s is of another input or other settings: there, %r asked something "
-                "else. Name another -o, or delete such rows" % (self.path, row.id))
-        self.places[-1] = place
+        is_other = mark not in (0, int(row.mark, 16))
+        self.places.append(0 if is_other else place)
+        if is_other:
+            return _NEW, ("%s is of another input or other settings: there, %r asked "
+                          "something else. Name another -o, or delete such rows" % (
+                              self.path, row.id))
         self.found.pop(row.id, None)
         is_kept = found > 0 or row.id in self.skipped
-        return _DONE if is_kept else _FAILED if found else _NEW
+        return _DONE if is_kept else _FAILED if found else _NEW, ""
 
-    def put(self, row: _Row, outcome: Outcome) -> None:
-        self._check_size()
-        line = self.gap + _result(row, outcome)
+    def begin(self) -> None:
+        """Make the end of the file ready for rows: half a row is no row."""
+        os.ftruncate(self.fd, self.end)
+        if self.end and os.pread(self.fd, 1, self.end - 1) != b"\n":
+            self.end += os.write(self.fd, b"\n")
+
+    def put(self, n: int, row: Optional[_Row], outcome: Optional[Outcome]) -> None:
+        if row is None or outcome is None:
+            return  # its line stays as it is
+        line = _result(row, outcome)
         try:
             _write(functools.partial(os.write, self.fd), line)
         except OSError:  # a full disk takes half a row
             os.ftruncate(self.fd, self.end)
             raise
-        self.places[row.number] = self.end + len(self.gap) + 1
-        if isinstance(outcome, Completion):
-            self.tokens += _tokens(outcome.usage)
-        self.lines, self.end, self.gap = self.lines + 1, self.end + len(line), b""
-
-    def leave(self, n: int) -> None:
-        """A row's line stays as it is."""
-
-    def begin(self) -> None:
-        os.ftruncate(self.fd, self.end)  # half a row is no row
+        self.places[n] = self.end + 1
+        self.lines, self.end = self.lines + 1, self.end + len(line)
 
     def look(self) -> None:
         """See that what was written is safe, and still there."""
         os.fsync(self.fd)
-        self._check_size()
+        if os.fstat(self.fd).st_size != self.end:
+            raise OSError("another program has written to %s" % self.path)
         if not self._is_there():
             _say("cometlimit: %s was removed or replaced: it is written back"
                  % self.path)
@@ -2477,10 +2466,6 @@ class _Checkpoint:
                 _say("cometlimit: %s is whole, but not in the input's order: %s"
                      % (self.path, fault))
 
-    def _check_size(self) -> None:
-        if os.fstat(self.fd).st_size != self.end:
-            raise OSError("another program has written to %s" % self.path)
-
     def _replace(self, places: Optional[List[int]]) -> None:
         """Put a copy with these rows (None: all) into the file's place: with its mode
         and, under its descriptor, its lock."""
@@ -2491,7 +2476,6 @@ class _Checkpoint:
                 rows.seek(0)
                 for line in rows if places is None else (
                         (rows.seek(place - 1), rows.readline())[1] for place in places):
-                    line = line if places is None else line.rstrip(b"\n") + b"\n"
                     _write(functools.partial(os.write, fd), line)
             os.fchmod(fd, os.fstat(self.fd).st_mode & 0o777)
             os.fsync(fd)
@@ -2503,12 +2487,6 @@ class _Checkpoint:
         finally:
             os.close(fd)
         self._lock()
-
-
-def _tokens(usage: Any) -> int:
-    counts = map((usage if isinstance(usage, dict) else {}).get,
-                 ("prompt_tokens", "completion_tokens"))
-    return sum(count for count in counts if isinstance(count, int))
 
 
 # A run
@@ -2571,20 +2549,17 @@ class _Screen:
         chance = max([100 * min(one.chance, sum(
             one.statuses[status] for status in (429, 503, 529))) // max(1, one.requests)
             for one in stats] or [0])
-        parts = [  # each with its rank: the highest gives way where there is no room
-            (0, "%d%s done" % (done + self.kept, "/%d" % total if total else "")),
-            (1, self.failures and "%d failed" % self.failures), (4, "%.1f/s" % rate),
-            (3, left and "%d:%02d:%02d left" % (
-                left // 3600, left // 60 % 60, left % 60)),
-            (5, ", ".join("limit %.3g/s" % one.rate if one.rate else
-                          "window %s" % one.window
-                          for one in stats if one.rate or one.window)),
-            (6, chance and "%d %% refused by chance" % chance),
-            (2, now < self.trouble_at + _FRESH and self.trouble)]
-        while len(parts) > 3 and len(", ".join(
-                words for _, words in parts if words)) >= width:
-            parts.remove(max(parts))
-        return ", ".join(words for _, words in parts if words)
+        parts: List[Any] = [part for part in (  # the last ones give way on a narrow one
+            "%d%s done" % (done + self.kept, "/%d" % total if total else ""),
+            self.failures and "%d failed" % self.failures,
+            now < self.trouble_at + _FRESH and self.trouble,
+            left and "%d:%02d:%02d left" % (left // 3600, left // 60 % 60, left % 60),
+            "%.1f/s" % rate, *["limit %.3g/s" % one.rate for one in stats if one.rate],
+            *["window %d" % one.window for one in stats if one.window],
+            chance and "%d %% refused by chance" % chance) if part]
+        while len(parts) > 3 and len(", ".join(parts)) >= width:
+            parts.pop()
+        return ", ".join(parts)
 
     def summary(self, client: Client, sink: Any, left: int) -> Iterator[str]:
         stats = client.metrics.values()
@@ -2599,7 +2574,7 @@ class _Screen:
             yield "answers without text: %d; cut off by a length limit: %d" % odd
         if isinstance(sink, _Checkpoint):
             yield "tokens: %d in this run, %d in all of %s" % (
-                self.tokens, sink.tokens, sink.path)
+                self.tokens, sink.tokens + self.tokens, sink.path)
         yield "%d answered, %d failed, %d kept, %d left, %.1f s" % (
             self.answers, self.failures, self.kept, left, time.monotonic() - self.began)
 
@@ -2621,7 +2596,8 @@ class _Job:
         self.cursors = [0, 0, 0]          # where to look for the next row, by state
         self.doubt, self.signal = _Doubt(), 0
         self.reason, self.until = "", math.inf  # why, and when, it ends early
-        self.looked = 0.0
+        self.looked, self.bad, self.size, self.is_lost = 0.0, 0, 0, False
+        self.joblog: Optional[int] = None
         self._on_signals(lambda number, _: sys.exit(128 + number))
         self.client = Client(
             api_key="none" if options.dry_run else None,
@@ -2634,18 +2610,20 @@ class _Job:
             options.prompts)
         self.rows = self.input.scan(options.shard)
         self.sink = self._output(options.output_file or "-")
-        self.joblog = None
 
     def run(self) -> int:
         """Returns the exit status. Raises Error or OSError before anything is sent."""
         if self.options.dry_run or not self.input.is_pipe:
-            bad = self._survey()
+            self._survey()
         if self.options.dry_run:
-            return int(bad > 0)
-        self.joblog = self.options.joblog and self._open(
-            "job log", self.options.joblog, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            models = sorted(collections.Counter(self.models).items())
+            _say("%d rows, %d bad; by model: %s; %d answered already; %d characters" % (
+                len(self.todo), self.bad, ", ".join("%s x %d" % one for one in models),
+                self.screen.kept, self.size))
+            return int(self.bad > 0)
+        if self.options.joblog:
+            self.joblog = self._open("job log", self.options.joblog, os.O_WRONLY | _ADD)
         self._on_signals(self._end_by_signal)
-        lost = False
         try:
             self.sink.begin()
             while self._fill() or self.calls or not self.events.empty():
@@ -2654,19 +2632,18 @@ class _Job:
                     handle(what)
                 self._look()
             self.sink.close(len(self.todo))
-        except (OSError, ConfigurationError) as fault:  # no result can be written
-            if not self.todo:
-                raise  # nothing was sent
-            lost, self.reason = True, "the results cannot be written: %s" % fault
+        except OSError as fault:  # no result can be written
+            self.is_lost, self.reason = True, "the results cannot be written: %s" % fault
             if isinstance(fault, BrokenPipeError):
                 self.signal = signal.SIGPIPE  # as `head` leaves: quietly
-        return self._end(lost)
+        return self._end()
 
     def _on_signals(self, handler: Callable[[int, Any], Any]) -> None:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if threading.current_thread() is threading.main_thread() and (
                     signal.getsignal(number) is not signal.SIG_IGN):  # as under nohup
-                self.stack.callback(signal.signal, number, signal.signal(number, handler))
+                self.stack.callback(
+                    signal.signal, number, signal.signal(number, handler))
 
     def _end_by_signal(self, number: int, _: Any) -> None:
         if self.signal:
@@ -2674,21 +2651,21 @@ class _Job:
         self.signal = number
 
     def _output(self, path: str) -> Any:
-        form, mode = self.options.form, os.O_CREAT | os.O_APPEND
+        form = self.options.form
         if self.options.dry_run and not os.path.isfile(path):
             return _Stream(len, form)
-        if path == "-" and sys.stdout is None:
-            raise ConfigurationError("stdout is closed: the answers would go nowhere")
         if path == "-":
+            if sys.stdout is None:
+                raise ConfigurationError("stdout is closed: answers would go nowhere")
             sys.stdout.flush()
             with contextlib.suppress(io.UnsupportedOperation):  # a stream of Python's
                 self._open("output", sys.stdout.fileno(), 0)
-            return _Stream(getattr(sys.stdout.buffer, "raw", sys.stdout.buffer).write,
-                           form)
+            file = sys.stdout.buffer
+            return _Stream(getattr(file, "raw", file).write, form)
         if os.path.isfile(path) or not os.path.exists(path):
-            return _Checkpoint(self._open("output", path, mode | os.O_RDWR),
+            return _Checkpoint(self._open("output", path, os.O_RDWR | _ADD),
                                os.path.realpath(path), self.options.skip_failed)
-        fd = self._open("output", path, mode | os.O_WRONLY)  # a pipe or a device
+        fd = self._open("output", path, os.O_WRONLY | _ADD)  # a pipe or a device
         return _Stream(functools.partial(os.write, fd), form)
 
     def _open(self, role: str, file: Union[int, str], mode: int) -> int:
@@ -2702,99 +2679,88 @@ class _Job:
         self.files[role] = file
         return file
 
-    def _survey(self) -> int:
-        """Read the whole input before anything is sent. Returns how many are bad."""
-        bad = size = 0
-        for n in self.rows:
-            if n is None:
-                time.sleep(_TICK)
-                continue
-            row = self._meet(n)
-            if row.problem and self.options.dry_run:
-                _say("%s: %s" % (row.id, row.problem))
-            elif row.problem and row.problem.code == "invalid_input":
-                raise ConfigurationError("%s: %s" % (row.id, row.problem))
-            bad += row.problem is not None
-            size += self.options.dry_run and len(str(row.body.get("messages", "")))
-            if self.screen.bar and n % 10000 == 9999:
-                _say("%d rows read" % (n + 1), "\x1b[K\r")
+    def _survey(self) -> None:
+        """Read the whole input before anything is sent."""
+        while self.input.is_open:
+            self._read(50000)
+            if self.screen.bar:
+                _say("%d rows read" % len(self.todo), "\x1b[K\r")
+            time.sleep(_TICK * self.input.is_pipe)
         if self.sink.found:
             raise ConfigurationError(
                 "%s is of another input: no row asks for %r, nor for %d more" % (
                     self.sink.path, min(self.sink.found), len(self.sink.found) - 1))
         self.screen.total = len(self.todo)
-        if self.options.dry_run:
-            _say("%d rows, %d bad; by model: %s; %d answered already; %d characters" % (
-                len(self.todo), bad, ", ".join("%s x %d" % pair for pair in sorted(
-                    collections.Counter(self.models).items())), self.screen.kept, size))
-        return bad
 
-    def _meet(self, n: int) -> _Row:
-        """Take note of the next row."""
-        row = _row(self.input, n, self.options)
-        self.models.append(sys.intern(str(row.body.get("model"))))
-        self.todo.append(_NEW)
-        try:
-            self.todo[n] = self.sink.meet(row)
-            self.screen.kept += self.todo[n] == _DONE
+    def _read(self, most: int) -> None:
+        """Take note of the next rows, so many at most, as far as they are there."""
+        for n in itertools.islice(self.rows, max(0, most)):
+            if n is None:
+                return
+            row = _row(self.input, n, self.options)
+            state, wrong = self.sink.meet(row)
             if row.id in self.ids:
-                raise ConfigurationError("the custom_id %r stands twice" % row.id)
-        except ConfigurationError as problem:
-            problem.code = "invalid_input"
-            return row._replace(problem=problem)
-        self.ids.add(row.id)
-        return row
+                wrong = "the custom_id %r stands twice" % row.id
+            if wrong:
+                row = row._replace(
+                    problem=ConfigurationError(wrong, code="invalid_input"))
+            self.ids.add(row.id)
+            self.models.append(sys.intern(str(row.body.get("model"))))
+            self.todo.append(state)
+            self.screen.kept += state == _DONE
+            if self.options.dry_run:
+                self.size += len(str(row.body.get("messages", "")))
+            if row.problem:
+                self._refuse(row, row.problem)
+
+    def _refuse(self, row: _Row, problem: ConfigurationError) -> None:
+        self.bad += 1
+        if self.options.dry_run:
+            _say("%s: %s" % (row.id, problem))
+        elif self.input.is_pipe:  # others have been sent
+            self._ask(row)
+        elif problem.code == "invalid_input":
+            raise ConfigurationError("%s: %s" % (row.id, problem))
 
     def _fill(self) -> bool:
         """Ask rows while there is room. Returns whether a pipe may have more."""
         most = self.options.max_concurrency
         try:
             while not self.reason and len(self.calls) < self.doubt.width(most):
-                self._read(_AHEAD * most)
+                waiting = self.todo.count(_NEW, self.cursors[_NEW])
+                self._read(_AHEAD * most - max(
+                    waiting, len(self.todo) - self.sink.written))
                 n = self._next(_AHEAD * most)
                 if n is None:
                     break
                 self._ask(_row(self.input, n, self.options))
         except (OSError, ConfigurationError) as fault:
             if not self.todo:
-                raise  # nothing was sent
+                raise ConfigurationError(str(fault)) from None  # nothing was sent
             self._stop("the input cannot be read on: %s" % fault)
         return self.input.is_open and not self.reason
-
-    def _read(self, most: int) -> None:
-        """Take from a pipe what is there, as far as there is room for it."""
-        room = min(most - self.todo.count(_NEW, self.cursors[_NEW]),
-                   most + self.sink.written - len(self.todo))
-        for n in itertools.islice(self.rows, max(0, room)):
-            if n is None:
-                return
-            row = self._meet(n)
-            if row.problem:
-                self._ask(row)
 
     def _next(self, most: int) -> Optional[int]:
         """The next row to ask, if it may be asked now: new ones before those that failed
         in an earlier run, and of models in doubt only samples."""
-        n = self.doubt.sample(self.todo, self.models)
+        n, models = self.doubt.sample(self.todo, self.models), self.doubt.models
         if n is not None:
             return n
-        for state in (_NEW, _FAILED):
+        for state in (_NEW,) if self.input.is_open else (_NEW, _FAILED):
             n = self.todo.find(state, self.cursors[state])
-            while n >= 0 and self.models[n] in self.doubt.models:
-                if self.doubt.models[self.models[n]]:
+            while n >= 0 and self.models[n] in models:
+                if models[self.models[n]]:
                     self.todo[n] = _DONE
-                    self.sink.leave(n)
+                    self.sink.put(n, None, None)
                 n = self.todo.find(state, n + 1)
             self.cursors[state] = n if n >= 0 else len(self.todo)
             if n >= 0:
                 return n if n < self.sink.written + most else None
-            if self.input.is_open:
-                return None
         return None
 
     def _ask(self, row: _Row) -> None:
-        self.todo[row.number] = _DONE
-        self.input.lines.pop(row.number, None)
+        self.todo[row.n] = _DONE
+        self.input.lines.pop(row.n, None)
         try:
             if row.problem is not None:
                 raise row.problem
@@ -2811,7 +2777,7 @@ class _Job:
         failed = isinstance(outcome, Error)
         if failed and re.search(r"; come back at \d\d:\d\d$", str(outcome)):
             self._stop(str(outcome))
-        if doubt.learn(row.number, self.models[row.number], outcome, self.screen.is_reached):
+        if doubt.learn(row.n, self.models[row.n], outcome, self.screen.is_reached):
             self.cursors = [0, 0, 0]  # rows that were passed over are looked at again
             gone = doubt.gone()
             if gone and (len(gone) == len(set(self.models)) or (
@@ -2820,7 +2786,7 @@ class _Job:
         if not (self.reason and failed and (
                 outcome.retryable or outcome.code == "cancelled")):
             self.screen.count(row, outcome)  # others are left to the next run
-            self.sink.put(row, outcome)
+            self.sink.put(row.n, row, outcome)
 
     def _log(self, record: Record) -> None:
         self.screen.attempt(record, self.client)
@@ -2829,10 +2795,10 @@ class _Job:
             self._stop("%d tokens were used" % self.screen.tokens)
         if self.joblog:
             try:
-                _write(functools.partial(os.write, self.joblog), json.dumps(record._asdict()).encode() + b"\n")
+                _write(functools.partial(os.write, self.joblog),
+                       json.dumps(record._asdict()).encode() + b"\n")
             except OSError as fault:  # no reason to lose answers
                 _say("cometlimit: the job log cannot be written: %s" % fault)
-                self.joblog = None
 
     def _stop(self, reason: str) -> None:
         """Send nothing more. What is in flight has some seconds left."""
@@ -2858,26 +2824,26 @@ class _Job:
         screen.draw(self.client, self.reason and "stopping: %d in flight, %.0f s" % (
             len(self.calls), min(_GRACE, max(0.0, self.until - now))))
 
-    def _end(self, lost: bool) -> int:
+    def _end(self) -> int:
         """Say what became of the run, and return its exit status."""
-        screen, is_quiet = self.screen, self.options.quiet
+        screen, is_told = self.screen, not self.options.quiet
         left = len(self.todo) - screen.kept - screen.answers - screen.failures
-        is_early = bool(self.reason) and (lost or left > 0 or self.input.is_open)
+        is_early = bool(self.reason and (self.is_lost or left or self.input.is_open))
         if screen.bar:
             _say("", "\x1b[K\r")
         if self.signal == signal.SIGPIPE:
             return 128 + self.signal
-        if not is_quiet and (self.options.form == "rows" or screen.total != 1):
+        if is_told and (self.options.form == "rows" or screen.total != 1):
             _say("\n".join(screen.summary(self.client, self.sink, left)))
         for reason in [self.reason] if is_early else self.doubt.gone():
             _say("cometlimit: stopped: " + reason)
-        if not is_quiet and (is_early or left or screen.failures) and isinstance(
-                self.sink, _Checkpoint):
-            words = ["the", "same", "command"] if self.options.headers else map(
-                shlex.quote, [sys.executable] + sys.argv)
-            _say("to go on: " + " ".join(words))
-        is_lacking = left or screen.failures or self.sink.skipped
-        return 128 + self.signal if self.signal else 3 if is_early else int(bool(is_lacking))
+        is_lacking = is_early or left or screen.failures
+        if is_told and is_lacking and isinstance(self.sink, _Checkpoint):
+            _say("to go on: " + ("the same command" if self.options.headers else
+                                 " ".join(map(shlex.quote, [sys.executable] + sys.argv))))
+        if self.signal:
+            return 128 + self.signal
+        return 3 if is_early else 1 if is_lacking or self.sink.skipped else 0
 
 
 class _Doubt:
