@@ -2057,14 +2057,14 @@ def _utf8(word: str) -> str:
 
 def _check(options: Any, unknown: List[str], by_hand: bool) -> None:
     files = options.input_file, options.output_file, options.joblog
-    has_model = options.model or options.demo
     for is_wrong, words in (
             (unknown, "unknown: " + " ".join(  # without values: one may be a key
                 word.split("=")[0] for word in unknown)),
             (options.prompts and files[0], "give either prompts or -i"),
             (files[0] == "-" and (sys.stdin is None or sys.stdin.isatty()),
              "nothing to ask: give prompts, -i FILE or lines on stdin"),
-            (by_hand and not has_model or options.model == "", "name a model: -m MODEL"),
+            (options.model == "" or by_hand and not (options.model or options.demo),
+             "name a model: -m MODEL"),
             (options.text and files[1], "--text goes to stdout, not to -o"),
             ("" in files, "-i, -o and --joblog take the name of a file")):
         if is_wrong:
@@ -2316,7 +2316,8 @@ class _Stream:
             data = text.encode("utf-8", "backslashreplace")
         self.early[n] = data
         while self.written in self.early:
-            self.write((comma if self.written else start) + self.early.pop(self.written))
+            self.write(comma if self.written else start)
+            self.write(self.early.pop(self.written))
             self.written += 1
 
     def meet(self, row: _Row) -> Tuple[int, str]:
@@ -2596,9 +2597,14 @@ class _Job:
         self.cursors = [0, 0, 0]          # where to look for the next row, by state
         self.doubt, self.signal = _Doubt(), 0
         self.reason, self.until = "", math.inf  # why, and when, it ends early
-        self.looked, self.bad, self.size, self.is_lost = 0.0, 0, 0, False
+        self.looked, self.bad, self.size = 0.0, 0, 0
+        self.is_sending = self.is_lost = False
         self.joblog: Optional[int] = None
-        self._on_signals(lambda number, _: sys.exit(128 + number))
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if threading.current_thread() is threading.main_thread() and (
+                    signal.getsignal(number) is not signal.SIG_IGN):  # as under nohup
+                stack.callback(signal.signal, number,
+                               signal.signal(number, self._on_signal))
         self.client = Client(
             api_key="none" if options.dry_run else None,
             on_record=lambda record: self.events.put((self._log, record)),
@@ -2623,7 +2629,7 @@ class _Job:
             return int(self.bad > 0)
         if self.options.joblog:
             self.joblog = self._open("job log", self.options.joblog, os.O_WRONLY | _ADD)
-        self._on_signals(self._end_by_signal)
+        self.is_sending = True
         try:
             self.sink.begin()
             while self._fill() or self.calls or not self.events.empty():
@@ -2632,20 +2638,18 @@ class _Job:
                     handle(what)
                 self._look()
             self.sink.close(len(self.todo))
-        except OSError as fault:  # no result can be written
-            self.is_lost, self.reason = True, "the results cannot be written: %s" % fault
+        except (OSError, ConfigurationError) as fault:  # no result can be written
+            if not self.todo:
+                raise  # nothing was sent
+            self.is_lost = True
+            self.reason = "the results cannot be written: %s" % fault
             if isinstance(fault, BrokenPipeError):
                 self.signal = signal.SIGPIPE  # as `head` leaves: quietly
         return self._end()
 
-    def _on_signals(self, handler: Callable[[int, Any], Any]) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if threading.current_thread() is threading.main_thread() and (
-                    signal.getsignal(number) is not signal.SIG_IGN):  # as under nohup
-                self.stack.callback(
-                    signal.signal, number, signal.signal(number, handler))
-
-    def _end_by_signal(self, number: int, _: Any) -> None:
+    def _on_signal(self, number: int, _: Any) -> None:
+        if not self.is_sending:
+            sys.exit(128 + number)
         if self.signal:
             os._exit(128 + number)  # the second one: no row waits to be written
         self.signal = number
@@ -2725,18 +2729,19 @@ class _Job:
     def _fill(self) -> bool:
         """Ask rows while there is room. Returns whether a pipe may have more."""
         most = self.options.max_concurrency
+        ahead, room = _AHEAD * most, 2 * most if self.screen.answers else most
         try:
-            while not self.reason and len(self.calls) < self.doubt.width(most):
-                waiting = self.todo.count(_NEW, self.cursors[_NEW])
-                self._read(_AHEAD * most - max(
-                    waiting, len(self.todo) - self.sink.written))
-                n = self._next(_AHEAD * most)
+            while not self.reason and len(self.calls) < room:
+                if self.input.is_open:
+                    self._read(ahead - max(self.todo.count(_NEW, self.cursors[_NEW]),
+                                           len(self.todo) - self.sink.written))
+                n = self._next(ahead)
                 if n is None:
                     break
                 self._ask(_row(self.input, n, self.options))
         except (OSError, ConfigurationError) as fault:
             if not self.todo:
-                raise ConfigurationError(str(fault)) from None  # nothing was sent
+                raise  # nothing was sent
             self._stop("the input cannot be read on: %s" % fault)
         return self.input.is_open and not self.reason
 
@@ -2781,7 +2786,7 @@ class _Job:
             self.cursors = [0, 0, 0]  # rows that were passed over are looked at again
             gone = doubt.gone()
             if gone and (len(gone) == len(set(self.models)) or (
-                    len(gone) >= 3 and not doubt.is_answered)):
+                    len(gone) >= 3 and not self.screen.answers)):
                 self._stop(gone[-1])
         if not (self.reason and failed and (
                 outcome.retryable or outcome.code == "cancelled")):
@@ -2799,6 +2804,7 @@ class _Job:
                        json.dumps(record._asdict()).encode() + b"\n")
             except OSError as fault:  # no reason to lose answers
                 _say("cometlimit: the job log cannot be written: %s" % fault)
+                self.joblog = None
 
     def _stop(self, reason: str) -> None:
         """Send nothing more. What is in flight has some seconds left."""
@@ -2839,8 +2845,9 @@ class _Job:
             _say("cometlimit: stopped: " + reason)
         is_lacking = is_early or left or screen.failures
         if is_told and is_lacking and isinstance(self.sink, _Checkpoint):
-            _say("to go on: " + ("the same command" if self.options.headers else
-                                 " ".join(map(shlex.quote, [sys.executable] + sys.argv))))
+            command = " ".join(map(shlex.quote, [sys.executable] + sys.argv))
+            _say("to go on: " + (  # headers may be secret
+                "the same command" if self.options.headers else command))
         if self.signal:
             return 128 + self.signal
         return 3 if is_early else 1 if is_lacking or self.sink.skipped else 0
@@ -2855,11 +2862,10 @@ class _Doubt:
     """
 
     def __init__(self) -> None:
-        # By model, then code and whether it was a sample: failures since its last answer.
+        # Failures since a model's last answer: by code, and whether it was a sample.
         self.alike: Dict[str, Dict[Tuple[str, bool], int]] = {}
         self.models: Dict[str, str] = {}  # in doubt; why its rows are left, if they are
         self.samples: Set[int] = set()    # rows that are under way
-        self.streak, self.is_answered = 0, False  # failures since any model's answer
         self.spot = 0
 
     def gone(self) -> List[str]:
@@ -2871,13 +2877,11 @@ class _Doubt:
         is_sample = n in self.samples
         self.samples.discard(n)
         if isinstance(outcome, Completion):
-            self.streak, self.is_answered = 0, True
             self.alike.pop(model, None)
             return self.models.pop(model, None) is not None
         if not (outcome.retryable or outcome.status_code in _SHARED
                 or isinstance(outcome, (APIConnectionError, APIResponseError))):
             return False
-        self.streak += 1
         alike = self.alike.setdefault(model, collections.Counter())
         key = _code(outcome), is_sample
         alike[key] += 1
@@ -2887,12 +2891,6 @@ class _Doubt:
         reason = "rows of %s fail alike: %s" % (model, outcome)
         self.models[model] = self.models.get(model) or (reason if is_sample else "")
         return is_sample
-
-    def width(self, most: int) -> int:
-        """The most rows under way: fewer where answers have not come or stay away."""
-        if self.streak >= (_ALIKE if self.is_answered else 1):
-            return min(most, _ALIKE - self.streak % _ALIKE)
-        return 2 * most if self.is_answered else most
 
     def sample(self, todo: bytearray, models: List[str]) -> Optional[int]:
         """A row, far from the last one, of a model in doubt; None: there are enough."""
