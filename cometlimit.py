@@ -2009,8 +2009,8 @@ def _options(argv: Optional[List[str]]) -> Any:
         formatter_class=argparse.RawDescriptionHelpFormatter)
     _add_options(parser.add_argument)
     options, unknown = parser.parse_known_args(argv)
-    if options.prompts in ([], ["-"]) and not options.demo and (
-            options.input_file is None):
+    if not options.demo and (options.prompts, options.input_file) in (
+            ([], None), (["-"], None)):
         options.prompts, options.input_file = [], "-"
     by_hand = options.input_file in (None, "-") and not options.output_file
     options.form = "text" if options.text else "array" if by_hand else "rows"
@@ -2253,12 +2253,9 @@ def _body(value: Dict[str, Any], options: Any) -> Dict[str, Any]:
     return body
 
 
-_canonical = json.JSONEncoder(sort_keys=True).encode
-
-
 def _digest(value: Any) -> str:
     """64 bits of a JSON value; hashlib may refuse to work where FIPS rules."""
-    data = _canonical(value).encode()
+    data = json.dumps(value, sort_keys=True).encode()
     return "%08x%08x" % (zlib.crc32(data), zlib.crc32(data[::-1]))
 
 
@@ -2500,7 +2497,7 @@ class _Screen:
         self.options = options
         self.total: Optional[int] = None  # rows, if that is known beforehand
         self.kept = self.answers = self.failures = self.tokens = 0
-        self.errors: Dict[str, List[str]] = {}  # by code: a message, ids of its rows
+        self.errors: Dict[str, List[Any]] = {}  # by code: number, a message, ten ids
         self.trouble, self.trouble_at = "", -math.inf  # the last attempt that failed
         self.is_reached = False
         self.began = time.monotonic()
@@ -2526,7 +2523,9 @@ class _Screen:
         self.answers += isinstance(outcome, Completion)
         if isinstance(outcome, Error):
             self.failures += 1
-            self.errors.setdefault(_code(outcome), [str(outcome)]).append(row.id)
+            kind = self.errors.setdefault(_code(outcome), [0, str(outcome)])
+            kind[0] += 1
+            kind += [row.id] * (kind[0] <= 10)
             if self.options.form != "rows":
                 _say("cometlimit: %s: %s" % (row.id, outcome))
 
@@ -2565,11 +2564,11 @@ class _Screen:
     def summary(self, client: Client, sink: Any, left: int) -> Iterator[str]:
         stats = client.metrics.values()
         yield str(client.metrics)
-        for code, (message, *ids) in sorted(self.errors.items()):
+        for code, (count, message, *ids) in sorted(self.errors.items()):
             if self.options.form == "rows":  # else they were told at once
-                yield textwrap.fill("%d x %s (%s%s): %s" % (
-                    len(ids), code, ", ".join(ids[:10]), ", ..." * (len(ids) > 10),
-                    _in_our_words(message)[:300]), 80, subsequent_indent="  ")
+                yield textwrap.fill("%d x %s (%s%s): %.300s" % (
+                    count, code, ", ".join(ids), ", ..." * (count > 10), message),
+                    80, subsequent_indent="  ")
         odd = sum(one.empty for one in stats), sum(one.cut_off for one in stats)
         if any(odd):
             yield "answers without text: %d; cut off by a length limit: %d" % odd
@@ -2666,11 +2665,10 @@ class _Job:
                 self._open("output", sys.stdout.fileno(), 0)
             file = sys.stdout.buffer
             return _Stream(getattr(file, "raw", file).write, form)
-        if os.path.isfile(path) or not os.path.exists(path):
-            return _Checkpoint(self._open("output", path, os.O_RDWR | _ADD),
-                               os.path.realpath(path), self.options.skip_failed)
-        fd = self._open("output", path, os.O_WRONLY | _ADD)  # a pipe or a device
-        return _Stream(functools.partial(os.write, fd), form)
+        is_file = os.path.isfile(path) or not os.path.exists(path)
+        fd = self._open("output", path, _ADD | (os.O_RDWR if is_file else os.O_WRONLY))
+        return _Checkpoint(fd, os.path.realpath(path), self.options.skip_failed) if (
+            is_file) else _Stream(functools.partial(os.write, fd), form)
 
     def _open(self, role: str, file: Union[int, str], mode: int) -> int:
         """A descriptor for a file that has no other role."""
@@ -2712,19 +2710,15 @@ class _Job:
             self.models.append(sys.intern(str(row.body.get("model"))))
             self.todo.append(state)
             self.screen.kept += state == _DONE
+            self.bad += row.problem is not None
             if self.options.dry_run:
                 self.size += len(str(row.body.get("messages", "")))
-            if row.problem:
-                self._refuse(row, row.problem)
-
-    def _refuse(self, row: _Row, problem: ConfigurationError) -> None:
-        self.bad += 1
-        if self.options.dry_run:
-            _say("%s: %s" % (row.id, problem))
-        elif self.input.is_pipe:  # others have been sent
-            self._ask(row)
-        elif problem.code == "invalid_input":
-            raise ConfigurationError("%s: %s" % (row.id, problem))
+                if row.problem:
+                    _say("%s: %s" % (row.id, row.problem))
+            elif row.problem and self.input.is_pipe:  # others have been sent
+                self._ask(row)
+            elif row.problem and row.problem.code == "invalid_input":
+                raise ConfigurationError("%s: %s" % (row.id, row.problem))
 
     def _fill(self) -> bool:
         """Ask rows while there is room. Returns whether a pipe may have more."""
@@ -2746,8 +2740,8 @@ class _Job:
         return self.input.is_open and not self.reason
 
     def _next(self, most: int) -> Optional[int]:
-        """The next row to ask, if it may be asked now: new ones before those that failed
-        in an earlier run, and of models in doubt only samples."""
+        """The next row to ask, if it may be asked now: new ones before those that once
+        failed; of models in doubt only samples."""
         n, models = self.doubt.sample(self.todo, self.models), self.doubt.models
         if n is not None:
             return n
@@ -2818,8 +2812,8 @@ class _Job:
         now, screen = time.monotonic(), self.screen
         if self.signal:
             self._stop(signal.Signals(self.signal).name)
-        patience = _UNREACHED * self.client.max_delay
-        if screen.trouble and not screen.is_reached and now > screen.began + patience:
+        if screen.trouble and not screen.is_reached and (
+                now > screen.began + _UNREACHED * self.client.max_delay):
             self._stop("the server was never reached: " + screen.trouble)
         if now > self.until:
             self.until = math.inf
@@ -2907,17 +2901,17 @@ class _Doubt:
 
 def _demo(stack: contextlib.ExitStack) -> int:
     """Prompts to a rate-limited server in this process: a line a second, the sum."""
-    rate, prompts, began = 8, 40, time.monotonic()
+    rate, began = 8, time.monotonic()
     server = _demo_server(rate)
     stack.callback(server.server_close)
     stack.callback(server.shutdown)
     threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-    print("%d prompts, 20 at once, to a server that allows %d requests a second" % (
-        prompts, rate), flush=True)
+    print("40 prompts, 20 at once, to a server that allows %d requests a second" % rate,
+          flush=True)
     client = Client(api_key="none", model="demo-model", max_concurrency=20,
                     base_url="http://127.0.0.1:%d/v1" % server.server_address[1])
     stack.callback(client.close)
-    calls = [client.submit("Hello %d." % n) for n in range(prompts)]
+    calls = [client.submit("Hello %d." % n) for n in range(40)]
     while not all(call.done() for call in calls):
         time.sleep(1.0)
         for stats in client.metrics.values():
@@ -2926,13 +2920,15 @@ def _demo(stack: contextlib.ExitStack) -> int:
                 "  limit %.3g/s" % stats.rate if stats.rate else ""), flush=True)
     lost = sum(call.exception() is not None for call in calls)
     print("%s\n%d answered, %d lost, %.1f s" % (
-        client.metrics, prompts - lost, lost, time.monotonic() - began))
+        client.metrics, 40 - lost, lost, time.monotonic() - began))
     return int(lost > 0)
 
 
 def _demo_server(rate: int) -> Any:
     import socketserver
     lock, full = threading.Lock(), [0.0]  # when the bucket is full again
+    answer = (b'{"choices": [{"message": {"content": "Hello."}}], '
+              b'"usage": {"prompt_tokens": 6, "completion_tokens": 8}}')
 
     class Handler(socketserver.StreamRequestHandler):
         def handle(self) -> None:
@@ -2944,11 +2940,8 @@ def _demo_server(rate: int) -> Any:
                     is_allowed = soonest <= time.monotonic() + 1.0
                     full[0] = soonest if is_allowed else full[0]
                 time.sleep(0.3 * is_allowed)
-                body = json.dumps({
-                    "choices": [{"message": {"content": "Hello."}}],
-                    "usage": {"prompt_tokens": 6, "completion_tokens": 8}}).encode()
                 self.wfile.write(b"HTTP/1.1 %d -\r\nContent-Length: %d\r\n\r\n%s" % (
-                    200 if is_allowed else 429, len(body), body))
+                    200 if is_allowed else 429, len(answer), answer))
 
     return socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler)
 
