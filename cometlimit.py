@@ -1959,7 +1959,8 @@ _UNREACHED = 2     # times max_delay (a minute): no server was reached, the run 
 _ALIKE = 5         # rows of a model that fail alike, no answer between: it is in doubt
 _PATIENCE = 50     # rows from elsewhere before failures that may pass end its part
 _SHARED = frozenset({301, 302, 303, 307, 308, 401, 402, 403, 404, 405, 429, 503})
-_ADD = os.O_CREAT | os.O_APPEND
+_ADD = os.O_CREAT | os.O_APPEND  # how files for results are opened
+_canonical = json.JSONEncoder(sort_keys=True).encode
 _DONE, _NEW, _FAILED = 0, 1, 2  # what is to be done with a row; _FAILED: once before
 
 
@@ -2255,7 +2256,7 @@ def _body(value: Dict[str, Any], options: Any) -> Dict[str, Any]:
 
 def _digest(value: Any) -> str:
     """64 bits of a JSON value; hashlib may refuse to work where FIPS rules."""
-    data = json.dumps(value, sort_keys=True).encode()
+    data = _canonical(value).encode()
     return "%08x%08x" % (zlib.crc32(data), zlib.crc32(data[::-1]))
 
 
