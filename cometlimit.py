@@ -28,13 +28,14 @@ What it promises (all times are in seconds):
 
 Version 2.0.0. Home: https://github.com/cometlimit/cometlimit
 """
+import array
 import binascii
-import bisect
 import collections
 import contextlib
 import copy
 import email.utils
 import errno
+import functools
 import http.client
 import io
 import itertools
@@ -45,6 +46,7 @@ import os
 import queue
 import random
 import re
+import select
 import shlex
 import signal
 import socket
@@ -158,7 +160,7 @@ class Record(NamedTuple):
     time: float               # when it left, as of time.time()
     route: str                # its path, such as /v1/chat/completions
     model: str                # as asked for
-    status: Optional[int]     # None without an answer
+    status: Optional[int]     # None where no answer began
     latency: float            # from connecting to the answer's last byte
     attempt: int              # 1 for the first
     waited: float             # before it, for its turn and in backoff
@@ -190,8 +192,8 @@ Outcome = Union[Completion, Error]
 class Client:
     """An endpoint and the manner of calling it: a context manager, safe among threads.
 
-    api_key          else COMETAPI_KEY; not needed over http, nor with an Authorization or
-                     api-key in headers=
+    api_key          else COMETAPI_KEY; not needed over http, nor with an Authorization
+                     or api-key in headers=
     base_url         else COMETAPI_BASE_URL, else CometAPI's; http only to this machine
     model            for prompts that name none
     max_concurrency  requests in flight at once, retries included
@@ -387,10 +389,10 @@ class _Call:
         self.changed = threading.Condition(pool.lock)  # has its turn, or is given up
         self.given_up = ""           # why
         self.since = _now()          # when it began to wait
-        self.place = (0, 0)          # among the calls that wait for their turn
+        self.place = 0               # among the calls that wait for their turn
         self.ticket: Any = None      # the throttle's, while in flight
         self.sent = 0                # its number among the model's requests
-        self.refused = math.inf      # that number when it was last refused
+        self.refused = math.inf      # that number when it was first refused
         self.attempts = 0
         self.records: Tuple[Record, ...] = ()
         self.request: Optional[_Request] = None  # the last one
@@ -407,7 +409,8 @@ class _Model:
         self.executor = ThreadPoolExecutor(2 * client.max_concurrency, "cometlimit")
         self.has_threads = False
         self.throttle = Throttle(client.max_delay, _random)
-        self.waiting: List[Tuple[Tuple[int, int], _Call]] = []  # by their places
+        self.new: Deque[_Call] = collections.deque()      # without a thread yet
+        self.waiting: Deque[_Call] = collections.deque()  # for their turn
         self.sent = self.answered = 0       # requests; the latest with an answer
         self.answered_at = -math.inf        # when that came
         self.stream: Optional[bool] = None  # True: it needs streams; False: it has none
@@ -439,39 +442,43 @@ class _Pool:
             model = self.models.get(name) or self.models.setdefault(
                 name, _Model(name, self.client))
             call = _Call(self, model, payload, tag)
-            call.place = (next(self.gate.numbers), 0)  # behind all others
+            model.new.append(call)
             self.calls[call] = None
         future: Future = call.future
         future.add_done_callback(lambda future: self.give_up(
             [call], "nobody waits for it any more") if future.cancelled() else None)
         try:
-            model.executor.submit(self._carry, call)
+            model.executor.submit(self._carry, model)
             model.has_threads = True
         except RuntimeError as fault:
             if not (model.has_threads and "new thread" in str(fault)):
-                self.give_up([call], "no thread can be started to send it: %s" % fault)
+                model.new.remove(call)
                 self.calls.pop(call, None)
-                raise Error(call.given_up, code="no_thread") from None
+                raise Error("no thread can be started to send it: %s" % fault,
+                            code="no_thread") from None
         return future  # where no more threads can be started, one there is takes it
 
-    def _carry(self, call: _Call) -> None:
+    def _carry(self, model: _Model) -> None:
         """The backoff loop: it carries a call from its first turn to its outcome.
 
         It waits for a turn, makes an attempt, learns, decides, backs off, and again.
         """
-        outcome: Optional[Outcome] = None
+        outcome: Outcome = APITimeoutError("not sent before its deadline")
         self.workers.add(threading.get_ident())
-        while self.gate.turn(call):
-            verdict = self._attempt(call)
-            self._learn(call, verdict)
-            outcome, pause = verdict.outcome, self._decide(call, verdict)
-            if pause is None:
-                break
-            _tell(logging.INFO, "model %s: attempt %d of %d: %s; next in %.1f s",
-                  call.model.name, call.attempts, self.client.max_retries + 1, outcome,
-                  pause)
-            self.gate.back_off(call, pause)
-        self._finish(call, outcome or APITimeoutError("not sent before its deadline"))
+        call = self.gate.first(model)
+        try:
+            while self.gate.turn(call):
+                verdict = self._attempt(call)
+                self._learn(call, verdict)
+                outcome, pause = verdict.outcome, self._decide(call, verdict)
+                if pause is None:
+                    break
+                _tell(logging.INFO, "model %s: attempt %d of %d: %s; next in %.1f s",
+                      model.name, call.attempts, self.client.max_retries + 1, outcome,
+                      pause)
+                self.gate.back_off(call, pause)
+        finally:  # whatever happened, somebody waits for the outcome
+            self._finish(call, outcome)
 
     def _decide(self, call: _Call, verdict: "_Verdict") -> Optional[float]:
         """Seconds to the next attempt, at most max_delay; None: the outcome stands."""
@@ -573,7 +580,8 @@ class _Pool:
             else:
                 wish = outcome.retry_after if isinstance(outcome, Error) else None
                 throttle.refused(call.ticket, now, load, wish)
-            call.refused = call.refused if load is None else call.sent
+            if load is not None:
+                call.refused = min(call.refused, call.sent)
             stats = self.metrics[self.endpoint.route, model.name]
             stats.rate, stats.window = throttle.rate, throttle.window
             stats.chance = throttle.chance
@@ -609,6 +617,7 @@ class _Pool:
             for call in calls:
                 if call in self.calls and not call.given_up:
                     call.given_up = why
+                    self.gate.strike_off(call)
                     call.changed.notify()
                     if call.ticket is not None and call.request is not None:
                         call.request.hang_up()
@@ -678,41 +687,56 @@ class _Gate:
     def __init__(self, client: Client, lock: threading.Lock,
                  models: Dict[str, _Model]) -> None:
         self.client, self.lock, self.models = client, lock, models
-        self.numbers = itertools.count()
-        self.entered = self.in_flight = 0  # the latest of the new calls that came here
-        self.next_at = 0.0                 # nothing leaves before, for max_rate
+        self.places = itertools.count()
+        self.in_flight = 0
+        self.next_at = 0.0        # nothing leaves before, for max_rate
         self.watcher: Optional[_Call] = None
-        self.wakes_at = math.inf           # when the watcher looks again
+        self.wakes_at = math.inf  # when the watcher looks again
+
+    def first(self, model: _Model) -> _Call:
+        """The oldest new call, which from now on waits for its turn."""
+        with self.lock:
+            call = model.new.popleft()
+            self._enter(call)
+            return call
+
+    def _enter(self, call: _Call) -> None:
+        if not call.given_up:
+            call.place = next(self.places)
+            call.model.waiting.append(call)
 
     def turn(self, call: _Call) -> bool:
         """Wait until the call may be sent; False when it may not be any more."""
-        waiting, entry = call.model.waiting, (call.place, call)
         with self.lock:
-            self.entered = max(self.entered, call.place[0])
-            bisect.insort(waiting, entry)
             while call.ticket is None and not call.given_up and _now() < call.expires:
                 due = self._admit()
                 if call.ticket is None:
                     self._await(call, due)
             if call.ticket is None:
-                waiting.remove(entry)
+                self.strike_off(call)
             if self.watcher is call:
                 self.watcher, self.wakes_at = None, math.inf
                 self._look()
             return call.ticket is not None
 
+    def strike_off(self, call: _Call) -> None:
+        """What was given up must not get a turn while its thread wakes."""
+        with contextlib.suppress(ValueError):
+            call.model.waiting.remove(call)
+
     def leave(self, call: _Call) -> None:
-        """Its attempt has ended. If it comes again it follows those that wait now."""
+        """The call's attempt has ended."""
         call.ticket, call.since = None, _now()
-        call.place = (self.entered, next(self.numbers))
         self.in_flight -= 1
         self._look()
 
     def back_off(self, call: _Call, pause: float) -> None:
+        """Wait; then the call waits for another turn, behind those that do already."""
         due = _now() + pause
         with self.lock:
             while not call.given_up and _now() < due:
                 _wait(call.changed, due - _now())
+            self._enter(call)
 
     def _admit(self) -> float:
         """Give every turn that is due. Returns the seconds until the next may be;
@@ -724,11 +748,12 @@ class _Gate:
                     wait = max(model.throttle.wait(now), self.next_at - now)
                     if wait > 0.0:
                         due = min(due, wait)
-                    elif first is None or model.waiting[0] < first.waiting[0]:
+                    elif (first is None
+                          or model.waiting[0].place < first.waiting[0].place):
                         first = model
             if first is None:
                 return due
-            self._send(first.waiting.pop(0)[1], now)
+            self._send(first.waiting.popleft(), now)
         return math.inf
 
     def _send(self, call: _Call, now: float) -> None:
@@ -762,7 +787,7 @@ class _Gate:
                 self.watcher.changed.notify()
         elif due < math.inf:
             first = next(model for model in self.models.values() if model.waiting)
-            first.waiting[0][1].changed.notify()
+            first.waiting[0].changed.notify()
 
 
 # The throttle
@@ -966,7 +991,7 @@ class Stats:
         self.latencies: Dict[int, int] = collections.Counter()
 
     def latency(self, share: float) -> float:
-        """What this share of the answers' latencies did not exceed (1.0: all), +-2.5 %."""
+        """What this share of the latencies did not exceed (1.0: all), +-2.5 %."""
         left = share * self.answers - 1e-9
         for step in sorted(self.latencies):
             left -= self.latencies[step]
@@ -1158,6 +1183,7 @@ class _Connection(io.RawIOBase):
         """Send a request, and read the head of its answer."""
         self.request, self.heard, request.connection = request, 0, self
         try:
+            self._refuse_cut()  # hang_up() could not find this, nor end its look-up
             if not self.stands:
                 self._connect()
             self._refuse_cut()
@@ -1332,9 +1358,9 @@ def _translate(fault: BaseException, request: _Request,
         if not stands:
             return _passing("no connection to %s in time" % place, 504, math.inf,
                             APITimeoutError, "connect_timeout")
-        return _passing("no answer from %s within %.3g s: raise timeout= (or deadline=) if"
-                        " the model needs longer" % (place, request.timeout or 0.0), 504,
-                        2, APITimeoutError, "timeout")
+        return _passing("no answer from %s within %.3g s: raise timeout= (or deadline=)"
+                        " if the model needs longer" % (place, request.timeout or 0),
+                        504, 2, APITimeoutError, "timeout")
     if isinstance(fault, _Refused):
         words = "%s refuses: %d %s" % ((place,) + fault.args)
         if fault.args[0] == 407:
@@ -1383,47 +1409,36 @@ MONEY = frozenset("""
     insufficient_balance insufficient_funds insufficient_quota insufficient_user_quota
     pre_consume_token_quota_failed quota_exceeded""".split())
 _NO_MODEL = frozenset({"model_not_found", "unsupported_model"})
-# What no repetition cures: CometAPI answers an unknown model with 503 and a malformed
-# request with 500. Compared with both the code and the type of an error. With 429 only
-# the two above count: some call a rate limit an invalid_request_error.
+# What no repetition cures, as an error's code or type: CometAPI answers an unknown
+# model with 503. On a 429 only those above are: some name it invalid_request_error.
 PERMANENT = MONEY | _NO_MODEL | frozenset("""
     access_denied access_terminated authentication_error content_filter
     content_policy_violation context_length_exceeded convert_request_failed
     count_token_failed gen_relay_info_failed invalid_api_key invalid_request
-    invalid_request_error missing_required_parameter model_price_error
-    permission_denied permission_error prompt_blocked
-    sensitive_words_detected""".split())
-# The statuses that codes of MiniMax's base_resp stand for; its other codes may pass.
-_MINIMAX = {"1002": 429, "1039": 429, "1004": 401, "2049": 401, "1008": 402,
-            "1026": 400, "1027": 400, "2013": 400}
-_SUCCESS = ("", "0", "200", "none", "ok", "success")  # codes that tell of no failure
-# CometAPI documents 429, 500, 503, 504 and 524 as passing, Groq 498; gateways answer the
-# others for the same reasons.
+    invalid_request_error missing_required_parameter model_price_error permission_denied
+    permission_error prompt_blocked sensitive_words_detected""".split())
+# CometAPI documents 429, 500, 503, 504, 524 as passing, Groq 498; gateways the others.
 RETRYABLE = frozenset({408, 429, 498, 500, 502, 503, 504, 520, 521, 522, 523, 524, 529})
+_MINIMAX = {"1002": "429", "1004": "401", "1008": "402"}  # statuses as it codes them
+_NAMES = {"code": "code", "status_code": "code", "type": "type", "param": "param",
+          "message": "message", "msg": "message", "status_msg": "message"}
 _MAX_DEPTH = 200        # json recurses in C: a hostile answer could overrun a stack
-_MAX_WISH = 31 * 86400  # seconds: whoever asks to wait longer means something else
-_MIN_SECRET = 6         # a shorter key is a placeholder such as "none", a common word
-_SLICE = 1 << 16        # bytes that are decompressed at once
-_MAX_MEMBERS = 1000     # of a gzip body: each costs time, even an empty one
-_MAX_EVENTS = 1 << 20   # of a stream, likewise
 _TOO_LONG = "more than %d MiB" % (_MAX_ANSWER >> 20)
-_WORDS = {"code": ("code", "error_code", "status_code"), "type": ("type",),
-          "param": ("param",), "message": ("message", "msg", "status_msg", "error_msg")}
-_STREAM = re.compile("(data|event|id|retry)?:")         # how server-sent events begin
-_PIECES = ("delta", "logprobs", "text")                 # what a stream sends in pieces,
-_ONCE = ("role", "id", "type", "name", "format")        # these in it again and again
-_NUMBER = r"[0-9]{1,15}(?:\.[0-9]{1,15})?"
-_SPAN = (r"(%s)\s*(milliseconds?|ms|s(?:ec(?:ond)?s?)?|m(?:in(?:ute)?s?)?"
-         r"|h(?:(?:ou)?rs?)?|d(?:ays?)?)(?![a-z])" % _NUMBER)
-_ASKED = re.compile(  # "try again in 7m12s", "retryDelay": "37s", "retry_after_ms": 350
-    r"(?i)(?:try again|retry|(?<![a-z])wait|(?<!connection )reset|estimated_time"
-    r"|available(?: again)? in)((?:[\s\"'`\\:={(~*_-]|\\n|again|after|delay|in|for|at"
-    r"|least|about|approximately|another|time|your|this|the|request|milli|second|ms|s)"
-    r"{0,30})(?<!-)(?:((?:%s[\s,]*(?:and\s+)?)+)|(%s)(?![\w:/-]))" % (_SPAN, _NUMBER))
+_STREAM = re.compile("(data|event|id|retry)?:")  # how server-sent events begin
+_UNITS = {"ms": 0.001, "millisecond": 0.001, "s": 1, "sec": 1, "second": 1, "m": 60,
+          "min": 60, "minute": 60, "h": 3600, "hr": 3600, "hour": 3600, "day": 86400}
+_SPAN = r"([0-9]{1,15}(?:\.[0-9]{1,15})?)\s*(%s)s?(?![a-z])" % "|".join(_UNITS)
+# "Please try again in 7m12s", "wait 1 minute and 6 seconds", "retryDelay": "37s"
+_IN_WORDS = re.compile(
+    r"(?i)(?:try again|retry|\bwait\b|resets in|will reset)[^.0-9]{0,40}(?<!-)"
+    r"((?:%s[\s,]*(?:and )?)+)" % _SPAN)
+# "retry_after": 10, Retry-After: 12, "retryAfterMs": 350; but no date
+_IN_FIELDS = re.compile(
+    r"(?i)(?:retry[-_ ]?after|ratelimit-reset)[-_ ]?(ms|seconds|)[\\\s'\":=]{1,5}"
+    r"([0-9]{1,15}(?:\.[0-9]{1,15})?)(?!\.?[0-9]|[-:/\s]*\w)")
 
 
 class _Answer(NamedTuple):
-    """What came back for a request."""
     status: int
     headers: http.client.HTTPMessage
     body: bytes    # longer than _MAX_ANSWER: there is more, which was not read
@@ -1431,7 +1446,6 @@ class _Answer(NamedTuple):
 
 
 class _Verdict(NamedTuple):
-    """What an attempt came to."""
     outcome: Union[Completion, Error]
     tries: float = 1  # attempts in all that a call may make while it fails like this
     load: Optional[int] = None  # a refusal's status, where it says something about load
@@ -1439,13 +1453,9 @@ class _Verdict(NamedTuple):
 
 def _understand(answer: _Answer, hide: Callable[[str], str], url: str,
                 streamed: bool = True) -> _Verdict:
-    """The Completion that an answer holds, or the Error that it stands for.
-
-    What came whole is paid for, so it is read if it can be read. `hide` takes the key
-    out of the server's words; `url` is what was asked, `streamed` whether for a stream.
-    """
+    """The Completion that an answer holds, or the Error that it stands for."""
     text, missing = _text(answer)
-    data = text if missing == _TOO_LONG else _value(text, streamed)
+    data = _value(text, streamed)
     if 200 <= answer.status < 300 and not _trouble(data):
         with contextlib.suppress(LookupError, TypeError, AttributeError):
             return _Verdict(_completion(data, hide(_request_id(answer)) or None))
@@ -1455,11 +1465,9 @@ def _understand(answer: _Answer, hide: Callable[[str], str], url: str,
 def _completion(data: Any, request_id: Optional[str]) -> Completion:
     """Raises LookupError, TypeError or AttributeError where there is none."""
     choice, usage = data["choices"][0], data.get("usage")
-    message = choice["message"] if "message" in choice else {"content": choice["text"]}
-    text, reason = message.get("content"), choice.get("finish_reason")
+    text, reason = choice["message"].get("content"), choice.get("finish_reason")
     if isinstance(text, list):  # of parts, as some gateways have it
-        text = "".join(str(part.get("text") or "") for part in text
-                       if isinstance(part, dict))
+        text = "".join(part.get("text") or "" for part in text)
     return Completion(
         text if isinstance(text, str) else "", str(data.get("model") or ""),
         reason if isinstance(reason, str) else None,
@@ -1470,9 +1478,10 @@ def _trouble(data: Any) -> Any:
     """The part of a 2xx answer that tells of a failure, if one does."""
     if not isinstance(data, dict):
         return None
-    choices, base = data.get("choices"), data.get("base_resp")
+    choices, base = data.get("choices"), data.get("base_resp")  # MiniMax's
     code = base.get("status_code") if isinstance(base, dict) else data.get("code")
-    if data.get("error") or not choices and str(code or "").lower() not in _SUCCESS:
+    success = str(code or 0).lower() in ("0", "200", "none", "ok", "success")
+    if data.get("error") or not (choices or success):
         return data
     for choice in choices if isinstance(choices, list) else ():
         if isinstance(choice, dict) and (
@@ -1487,329 +1496,209 @@ def _failure(answer: _Answer, text: str, missing: str, data: Any,
     trouble = data if answer.status >= 300 else _trouble(data)
     words = {name: hide(word)[:2000] for name, word in _words(trouble).items()}
     body = hide(text[:_MAX_ERROR])[:_MAX_ERROR - 1024]  # no part of a key at its end
-    what = words.get("message") or " ".join(body[:200].split())
+    said = words.get("message") or " ".join(body[:200].split()) or "an empty body"
     kind: Any = RateLimitError if answer.status == 429 else APIStatusError
-    tries, load = _again(_status(answer, words, trouble), words)
+    tries, load = _again(answer.status, words)
     if answer.status < 300:
         kind = APIResponseError
         if trouble is None:
-            tries, load, form = _no_answer(answer, text, missing, data)
-            what = hide(form.format(url=url, why=missing, said=what))
+            load, (tries, what) = None, _no_answer(answer, text, missing, data, url)
+            said = hide(what) + said
     elif answer.status < 400:
-        place = re.match(r"(?:https?:)?//([\w.:-]{1,200})",
-                         answer.headers.get("location", ""))
-        what = hide("a redirect%s, which is not followed: check the base URL" % (
-            " to " + place.group(1) if place else ""))
-    hint = answer.headers.get("x-should-retry", "")
-    tries = {"true": math.inf, "false": 1}.get(hint, tries)
-    wish = _wish(answer.headers, str(trouble)[:_MAX_ERROR])
+        said = "a redirect, which is not followed: check the base URL"
+    tries = {"true": math.inf, "false": 1}.get(answer.headers["x-should-retry"], tries)
     return _Verdict(kind(
-        "HTTP %s: %s" % (("%d %s" % (answer.status, words.get("code", ""))).rstrip(),
-                         what or "an empty body"),
-        status_code=answer.status, body=_loosely(body), retryable=tries > 1,
-        retry_after=wish or None if tries > 1 or answer.status == 429 else None,
+        " ".join(("HTTP %d %s" % (answer.status, words.get("code", ""))).split()) + ": "
+        + said, status_code=answer.status, body=_loosely(body), retryable=tries > 1,
+        retry_after=(_wish(answer.headers, str(trouble)[:_MAX_ERROR]) or None
+                     if tries > 1 or answer.status == 429 else None),
         request_id=hide(_request_id(answer, words.get("message", ""))) or None,
         **words), tries, load if tries > 1 else None)
 
 
-def _no_answer(answer: _Answer, text: str, missing: str,
-               data: Any) -> Tuple[float, Optional[int], str]:
-    """The verdict on a 2xx with neither a completion nor an error, and its words."""
-    page = "html" in answer.headers.get("content-type", "").lower() or text[:1] == "<"
-    for holds, tries, form in (
-            (missing == _TOO_LONG, 1, "an answer of {why}"),
-            (not text, math.inf, "an empty body"),
-            (_STREAM.match(text), math.inf, "a stream without a finish_reason: {said}"),
-            (isinstance(data, dict), 2, "an answer without choices: {said}"),
-            (isinstance(data, str) and missing, math.inf, "cut off ({why}): {said}"),
-            (page, 1, "a web page came from {url}: check the base URL "
-                      "(is /v1 missing?): {said}")):
-        if holds:
-            return tries, None, form
-    return 1, None, "{said}"
+def _no_answer(answer: _Answer, text: str, missing: str, data: Any,
+               url: str) -> Tuple[float, str]:
+    """How often to try for a 2xx with neither an answer nor an error; what it is."""
+    if missing == _TOO_LONG:
+        return 1, "an answer of %s: " % missing
+    if not text or _STREAM.match(text):
+        return math.inf, text and "a stream without a finish_reason: "
+    if isinstance(data, dict):
+        return 2, "an answer without choices: "
+    if isinstance(data, str) and missing:
+        return math.inf, "cut off (%s): " % missing
+    if text[0] == "<" or "html" in answer.headers.get("content-type", "").lower():
+        return 1, "a web page from %s: check the base URL (is /v1 missing?): " % url
+    return 1, ""
 
 
-def _status(answer: _Answer, words: Dict[str, str], trouble: Any) -> Optional[int]:
-    """The status that a failure stands for; None for a 2xx that does not say."""
-    code = words.get("code", "")
-    status = None if answer.status < 300 else answer.status
-    if status:  # the upstream's own may stand in `param`, hidden by the gateway
-        code = words.get("param", "") if code == "bad_response_status_code" else ""
-    elif isinstance(trouble, dict) and "base_resp" in trouble:
-        return _MINIMAX.get(code)
-    elif re.search("(?i)rate_?limit|too_?many_?requests", code + words.get("type", "")):
-        status = 429
-    return int(code) if re.match("[1-5][0-9][0-9]$", code) else status
-
-
-def _again(status: Optional[int], words: Dict[str, str]) -> Tuple[float, Optional[int]]:
+def _again(status: int, words: Dict[str, str]) -> Tuple[float, Optional[int]]:
     """How many attempts a failure deserves, and the load that it shows."""
-    named = {words.get(name, "").lower() for name in ("code", "type")}
-    lasting = named & (_NO_MODEL if status == 429 else PERMANENT)
-    if lasting or _speaks_of_money(*named) or (
-            status == 429 and _is_too_large(words.get("message", ""))):
+    code, kind = words.get("code", ""), words.get("type", "")
+    # A gateway may put the status that it got itself into `param`.
+    own = words.get("param", "") if code == "bad_response_status_code" else ""
+    if status < 300:
+        own = _MINIMAX.get(code, own or code)
+        status = 429 if re.search("(?i)rate_?limit|too_?many_?req", code + kind) else 0
+    if re.match("[1-5][0-9][0-9]$", own):
+        status = int(own)
+    lasting = _NO_MODEL if status == 429 else PERMANENT
+    if ({code.lower(), kind.lower()} & lasting or _speaks_of_money(code, kind)
+            or status == 429 and _is_too_large(words.get("message", ""))):
         return 1, None
-    if status is None or status == 408:  # which says that one request was slow
-        return math.inf, None
-    return (math.inf, status) if status in RETRYABLE else (1, None)
+    load = None if status in (0, 408) else status  # 408: that one request was slow
+    return (math.inf, load) if status in RETRYABLE | {0} else (1, None)
 
 
 def _speaks_of_money(*names: str) -> bool:
-    return any(name.lower() in MONEY or name.lower().startswith("billing_")
-               for name in names)
+    return any(n.lower() in MONEY or n.lower()[:8] == "billing_" for n in names)
 
 
 def _is_too_large(message: str) -> bool:
     """Whether a request exceeds the limit itself: then it never passes."""
-    limit, requested = [
-        [int(re.sub(r"\D", "", number)) for number in re.findall(
-            r"(?i)\b%s\W{1,3}([0-9]{1,15}(?:[,._'][0-9]{3}){0,5})" % name, message)[:1]]
-        for name in ("limit", "requested")]
-    if limit and requested:
-        return requested > limit
-    return bool(re.search("(?i)request too large|reduce the length|maximum context",
-                          message))
+    found = re.search(r"(?i)limit\W{1,3}([0-9][0-9,.]{0,20}).{0,80}requested\W{1,3}"
+                      r"([0-9][0-9,.]{0,20})", message)
+    if not found:  # with numbers such as "Limit 10,000, Requested 44,975."
+        return "request too large" in message.lower()
+    most, size = (int(re.sub(r"\D", "", number)) for number in found.groups())
+    return size > most
 
 
-def _words(body: Any) -> Dict[str, str]:
-    """The code, type, param and message of a failure, wherever gateways put them."""
-    layers = [] if isinstance(body, str) else _layers(body)
+def _words(value: Any) -> Dict[str, str]:
+    """The code, type, param and message of a failure: the innermost that there are."""
     found: Dict[str, str] = {}
-    for name, spellings in _WORDS.items():
-        order = layers[::-1] if name == "message" else layers[1:] + layers[:1]
-        for value in (layer.get(spelling) for layer in order for spelling in spellings):
-            if type(value) in (str, int, float) and value != "":
-                found.setdefault(name, str(value))
-    return found
-
-
-def _layers(value: Any) -> List[Dict[str, Any]]:
-    """The objects in which an error lies, one within the other, be it as a text."""
-    layers: List[Dict[str, Any]] = []
-    for _ in range(9):
-        if isinstance(value, list) and value:
-            value = value[0]
-        if isinstance(value, str):
-            inner = _loosely(value[value.find("{"):]) if "{" in value else value
-            if isinstance(inner, str):
-                code = {"code": value} if re.match(r"[a-z]+(_[a-z]+)+$", value) else {}
-                beside = layers and layers[-1].get("message")
-                return layers + [code if beside else dict(code, message=value)]
-            value = inner
+    for depth in range(9):
+        value = value[0] if isinstance(value, list) and value else value
+        if isinstance(value, str) and depth:  # gateways put JSON into a text, too
+            found.setdefault("message", value)
+            value = _loosely(value[value.find("{"):])
         if not isinstance(value, dict):
             break
-        layers.append(value)
-        value = _within(value)
-    return layers
-
-
-def _within(value: Dict[str, Any]) -> Any:
-    """What tells more of an error than the object around it."""
-    for name in ("error", "errors", "detail", "base_resp"):
-        if value.get(name):
-            return value[name]
-    if isinstance(value.get("loc"), list):  # FastAPI's
-        return "%s: %s" % (".".join(map(str, value["loc"])), value.get("msg"))
-    metadata, message = value.get("metadata"), value.get("message")
-    if isinstance(message, dict) or "{" in str(message):
-        return message
-    raw = metadata.get("raw") if isinstance(metadata, dict) else None  # OpenRouter's
-    return {"message": raw} if isinstance(raw, str) else raw
+        for name, word in value.items():
+            if name in _NAMES and type(word) in (str, int, float) and word != "":
+                found[_NAMES[name]] = str(word)
+        value = next(filter(None, map(value.get, (
+            "error", "errors", "detail", "base_resp", "message"))), None)
+    return found
 
 
 def _request_id(answer: _Answer, message: str = "") -> str:
     """To quote to the provider. Chained gateways each add theirs: the last is ours."""
-    names = ("x-request-id", "x-cometapi-request-id", "x-oneapi-request-id",
-             "request-id")
-    return next(filter(None, map(answer.headers.get, names)), None) or "".join(
-        re.findall(r"\(request id: ([^)\s]{1,200})\)", message)[-1:])
+    ids = [answer.headers.get(name) for name in (
+        "x-request-id", "x-cometapi-request-id", "x-oneapi-request-id", "request-id")]
+    ids += re.findall(r"\(request id: ([^)\s]{1,200})\)", message)[-1:]
+    return next(filter(None, ids), "")
 
 
 def _wish(headers: http.client.HTTPMessage, said: str) -> float:
     """The seconds that a server asks to wait, the longest of several; 0.0 for none.
-
-    Gateways drop headers but hand bodies on: the error's words count as much.
-    """
-    waits = [_retry_after(headers)]
-    for found in _ASKED.finditer(said):
-        spans, number = found.group(2), float(found.group(5) or 0)
-        if spans:
-            number = sum(float(count) * _seconds(unit) for count, unit in re.findall(
-                "(?i)" + _SPAN, spans))
-        elif re.search("(?i)ms|milli", found.group(1)):
-            number *= 0.001
-        if spans or number > 1e9 or re.search("(?i)after|delay|time|sec|ms",
-                                              found.group()):
-            waits.append(_from_now(number, headers))
-    return max(waits)
-
-
-def _seconds(unit: str) -> float:
-    if re.match("(?i)ms|mil", unit):
-        return 0.001
-    return {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}[unit[0].lower()]
-
-
-def _retry_after(headers: http.client.HTTPMessage) -> float:
-    """retry-after-ms, else Retry-After as of RFC 9110, 10.2.3: seconds, or one of three
-    forms of date; else what LiteLLM was told."""
-    for name, unit in (("retry-after-ms", 0.001), ("retry-after", 1.0),
-                       ("llm_provider-retry-after", 1.0)):
-        waits = [0.0]
-        for value in headers.get_all(name, ()):  # float() would take 1_0 and inf
-            number = re.match(r"[ \t]*([0-9]+(?:\.[0-9]*)?)[ \t]*\Z", value)
-            waits.append(_from_now(float(number.group(1)) * unit if number
-                                   else _timestamp(value), headers))
-        if max(waits) > 0.0:
-            return max(waits)
-    return 0.0
-
-
-def _from_now(seconds: float, headers: http.client.HTTPMessage) -> float:
-    """A large number is a time of Unix, in seconds or milliseconds, to be counted from
-    the answer's own Date since clocks differ. 0.0 for what cannot be meant."""
-    if seconds > 1e9:
-        seconds /= 1000.0 if seconds > 1e12 else 1.0
-        seconds -= _timestamp(headers.get("date", "")) or _wall()
-    return seconds if 0.0 < seconds <= _MAX_WISH else 0.0
+    Gateways drop headers but hand bodies on: the error's words count as much."""
+    now = _timestamp(headers.get("date", "")) or _wall()  # ours may differ
+    asked = [pair for pair in headers.items() if "retry-after" in pair[0].lower()]
+    said = "".join("%s: %s; " % pair for pair in asked) + said
+    waits = [0.0] + [_timestamp(value) - now for _, value in asked]
+    for found in _IN_WORDS.finditer(said):
+        waits.append(sum(float(number) * _UNITS[unit.lower()] for number, unit in
+                         re.findall("(?i)" + _SPAN, found.group(1))))
+    for unit, number in _IN_FIELDS.findall(said):
+        seconds = float(number) * _UNITS.get(unit.lower(), 1.0)
+        if seconds > 1e9:  # a time of Unix, in seconds or milliseconds
+            seconds = seconds / (1000.0 if seconds > 1e12 else 1.0) - now
+        waits.append(seconds)
+    return max(wait for wait in waits if wait <= 31 * 86400)  # more cannot be meant
 
 
 def _timestamp(date: str) -> float:
     """The time of an HTTP date, 0.0 for anything else."""
-    try:  # parsedate_to_datetime takes asctime's form, without a zone, for local time
-        parts = email.utils.parsedate_tz(date)
-        return float(email.utils.mktime_tz(parts)) if parts else 0.0
-    except (ValueError, OverflowError, LookupError, TypeError, NameError):  # by a bug
-        return 0.0
+    with contextlib.suppress(Exception):  # email.utils lets many kinds through
+        parts: Any = email.utils.parsedate_tz(date)  # asctime's form is in GMT as well
+        return float(email.utils.mktime_tz(parts))
+    return 0.0
 
 
 def _text(answer: _Answer) -> Tuple[str, str]:
     """A body as text, without its compression, and why it is not whole, or ""."""
     most = _MAX_ANSWER if 200 <= answer.status < 300 else _MAX_ERROR
     data, missing = answer.body, answer.cut
-    named = answer.headers.get("content-encoding", "").lower()
-    packed = data[:2] == b"\x1f\x8b" or "gzip" in named or "deflate" in named
-    for bits in (47,) * packed + (-15,) * ("deflate" in named):  # 47: gzip or zlib
-        found, ended = _inflate(data, bits, most + 1)
-        if found:
-            data, missing = found, missing or "compressed data" * (not ended)
+    deflate = "deflate" in answer.headers.get("content-encoding", "").lower()
+    for form in [47] * (deflate or data[:2] == b"\x1f\x8b") + [-15] * deflate:
+        with contextlib.suppress(zlib.error):  # 47: gzip or zlib; -15: without a head
+            machine = zlib.decompressobj(form)
+            data = machine.decompress(data, most + 1)
+            missing = missing or "compressed data" * (not machine.eof)
             break
     if len(data) > most:
         data, missing = data[:most], _TOO_LONG
-    codec = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8"
-    return data.decode(codec, "replace").strip("\ufeff\0 \t\r\n"), missing
-
-
-def _inflate(data: bytes, bits: int, most: int) -> Tuple[bytes, bool]:
-    """Up to `most` bytes of what was compressed, and whether it came to its end."""
-    machine, found, members = zlib.decompressobj(bits), bytearray(), 0
-    with contextlib.suppress(zlib.error):
-        for start in range(0, len(data), _SLICE):  # as unused_data copies all the rest
-            rest = data[start:start + _SLICE]
-            while rest and len(found) < most and members < _MAX_MEMBERS:
-                if machine.eof:
-                    machine, members = zlib.decompressobj(bits), members + 1
-                found += machine.decompress(rest, most - len(found))
-                rest = machine.unused_data
-    return bytes(found), machine.eof
+    return data.decode("utf-8", "replace").strip("\ufeff\0 \t\r\n"), missing
 
 
 def _value(text: str, streamed: bool) -> Any:
-    """The value of a body that is JSON or a stream of it; other text as it stands.
-
-    A stream that breaks off may say [DONE] all the same, so only a finish_reason proves
-    its end. One that nobody asked for would come again: there [DONE] has to do.
-    """
+    """The value of a body that is JSON or a stream of it; other text as it stands."""
     if not _STREAM.match(text):
         data = _loosely(text)
         return data[0] if isinstance(data, list) and len(data) == 1 else data
-    data = _assemble(text)
-    done = data.pop("[DONE]", False) and not streamed
-    whole = done or all(choice.get("finish_reason") for choice in data["choices"])
-    return data if whole or _trouble(data) else text
-
-
-def _assemble(text: str) -> Dict[str, Any]:
-    """The answer that server-sent events amount to, as if it had come at once."""
-    data = _join("", list(_events(text)), False) or {}
-    choices = data.get("choices") if isinstance(data.get("choices"), list) else ()
-    data["choices"] = sorted(
-        (choice for choice in choices or () if isinstance(choice, dict)),
-        key=lambda choice: str(choice.get("index")).zfill(9))
-    data["object"] = "chat.completion"
-    for choice in data["choices"]:
-        delta = choice.pop("delta", None)
-        if delta or not {"message", "text"} & set(choice):
-            choice["message"] = dict({"content": None}, **(
-                delta if isinstance(delta, dict) else {}))
-    return data
+    data = _joined(list(_events(text))) or {}
+    with contextlib.suppress(TypeError, AttributeError):  # where it is none of chunks
+        data["choices"] = sorted(data.get("choices") or (), key=lambda choice: str(
+            choice.get("index")).zfill(9))
+        for it in data["choices"]:
+            delta = it.pop("delta", None) or {}
+            it.setdefault("message", dict({"content": None}, **delta))
+        # [DONE] proves no end, but what nobody asked for would come again the same
+        if not streamed and text.endswith("[DONE]") or all(
+                choice.get("finish_reason") for choice in data["choices"]):
+            return dict(data, object="chat.completion")
+    return data if _trouble(data) else text
 
 
 def _events(text: str) -> Iterator[Dict[str, Any]]:
-    """The objects that a stream sends. Heartbeats are none; [DONE] becomes a field."""
-    text = text.replace("\r\n", "\n").replace("\r", "\n")
-    for event in text.split("\n\n", _MAX_EVENTS)[:_MAX_EVENTS]:
-        fields = [line.partition(":")[::2] for line in event.split("\n", _MAX_EVENTS)]
-        lines = [line.strip() for name, line in fields if name.strip() == "data"]
-        failed = ("event", "error") in [(name, kind.strip()) for name, kind in fields]
-        values = [_loosely("\n".join(lines))]
-        if isinstance(values[0], str):  # or each line is an event, without a blank one
-            values = list(map(_loosely, lines))
-        for value in values:
-            if failed and not (isinstance(value, dict) and value.get("error")):
-                value = {"error": value or "an event named error"}
-            if isinstance(value, str) and value.startswith("{"):
-                return  # cut off: what follows would leave a hole
-            if value == "[DONE]" or isinstance(value, dict):
-                yield value if isinstance(value, dict) else {value: True}
+    """The objects that a stream sends, up to where it breaks off."""
+    found = re.finditer("(?m)^(event: ?error\n+)?data:(.*)", text.replace("\r", "\n"))
+    for event in itertools.islice(found, 1 << 20):  # even an empty one costs time
+        value = _loosely(event.group(2).strip())
+        if event.group(1) and not (isinstance(value, dict) and value.get("error")):
+            value = {"error": value}
+        if isinstance(value, dict):
+            yield value
+        elif str(value).startswith("{"):
+            return  # what follows would leave a hole
 
 
-def _join(name: str, parts: List[Any], pieces: bool) -> Any:
+def _joined(parts: List[Any], name: str = "", pieces: bool = False) -> Any:
     """The value of a field of which a stream has sent parts: pieces of it, or news."""
     parts = [part for part in parts if part is not None]
     kind = type(parts[-1]) if parts else None
     parts = [part for part in parts if type(part) is kind]
     if kind is dict:
-        found: Dict[str, List[Any]] = {}
+        fields: Dict[str, List[Any]] = {}
         for field, value in itertools.chain.from_iterable(map(dict.items, parts)):
-            found.setdefault(field, []).append(value)
-        return {field: _join(field, values, pieces or field in _PIECES)
-                for field, values in found.items() if field != "index" or not pieces}
+            fields.setdefault(field, []).append(value)
+        return {field: _joined(values, field, pieces or field in ("delta", "logprobs"))
+                for field, values in fields.items() if field != "index" or not pieces}
     if kind is list and (pieces or name == "choices"):
-        return [_join("", group, pieces) for group in _groups(
-            itertools.chain.from_iterable(parts))]
-    if kind is str and pieces:  # dict: each piece once, in their order
-        return "".join(dict.fromkeys(parts) if name in _ONCE else parts)
+        groups, ids = {}, {}  # type: Dict[Any, List[Any]], Dict[str, str]
+        for number, item in enumerate(itertools.chain.from_iterable(parts)):
+            group: Any = number
+            if isinstance(item, dict) and {"index", "delta", "function"} & set(item):
+                index = str(item.get("index", 0))  # one thing, until another id comes
+                ids[index] = str(item.get("id") or ids.get(index))
+                group = index, ids[index]
+            groups.setdefault(group, []).append(item)
+        return [_joined(group, "", pieces) for group in groups.values()]
+    if kind is str and pieces:  # some send a call's name and id again with each part
+        once = name in ("role", "id", "type", "name", "format")
+        return "".join(dict.fromkeys(parts) if once else parts)
     return next(filter(None, reversed(parts)), parts[-1] if parts else None)
-
-
-def _groups(items: Iterable[Any]) -> List[List[Any]]:
-    """Which items are parts of one: those of the same index, until another id comes."""
-    groups: List[List[Any]] = []
-    current: Dict[str, Tuple[Any, List[Any]]] = {}
-    for item in items:
-        if not (isinstance(item, dict) and {"index", "function", "delta"} & set(item)):
-            groups.append([item])
-            continue
-        place, known = str(item.get("index", 0)), item.get("id")
-        former, group = current.get(place, (None, []))
-        if not group or known and former and known != former:
-            group = []
-            groups.append(group)
-        group.append(item)
-        current[place] = (known or former, group)
-    return groups
 
 
 def _parse(text: str, depth: int = _MAX_DEPTH) -> Any:
     """The value of a JSON text, no matter who wrote it. Raises ValueError."""
     if text.count("[") + text.count("{") > depth:  # those outside of strings count
         outside = "".join(text.replace("\\\\", "").replace('\\"', "").split('"')[::2])
-        level = 0
-        for run in re.finditer(r"[\[{]+|[\]}]+", outside):
-            level += len(run.group()) if run.group()[0] in "[{" else -len(run.group())
-            if level > depth:
-                raise ValueError("JSON nested more than %d deep" % depth)
+        levels = itertools.accumulate(1 if sign.group() in "[{" else -1
+                                      for sign in re.finditer(r"[][{}]", outside))
+        if any(level > depth for level in levels):
+            raise ValueError("JSON nested more than %d deep" % depth)
     return _decode(text)
 
 
@@ -1821,10 +1710,9 @@ def _loosely(text: str) -> Any:
 
 
 def _number(digits: str) -> Any:
-    value = float(digits)  # at once, where int() of a million digits takes minutes
-    if not abs(value) < math.inf:
+    if abs(float(digits)) == math.inf:  # first, as int() of a million digits is slow
         raise ValueError("%.20s is beyond all bounds" % digits)
-    return int(digits) if digits.lstrip("-").isdigit() else value
+    return int(digits) if digits.lstrip("-").isdigit() else float(digits)
 
 
 _decode = json.JSONDecoder(parse_float=_number, parse_int=_number,
@@ -1833,10 +1721,9 @@ _decode = json.JSONDecoder(parse_float=_number, parse_int=_number,
 
 def _hider(*keys: str) -> Callable[[str], str]:
     """Takes keys out of a text, however JSON may write them, even twice over."""
-    find = re.compile("|".join("".join(r"(?:%s%s|\\%su00(?i:%02x))" % (
-        "" if sign.isalnum() else r"\\{0,8}", re.escape(sign), "{1,8}" if place else "",
-        ord(sign)) for place, sign in enumerate(key))
-        for key in keys if len(key) >= _MIN_SECRET) or "(?!)")
+    find = re.compile("|".join("".join(
+        r"\\{0,8}(?:%s|(?i:u%04x))" % (re.escape(sign), ord(sign)) for sign in key)
+        for key in keys if len(key) > 5) or "(?!)")  # "none" is a word of everyday
     return lambda text: find.sub("***", text)
 
 
@@ -1877,7 +1764,7 @@ class _Endpoint:
         self._go_through(*_proxy(parts, allow_http))
 
     def _go_through(self, proxy: Optional[Tuple[str, int]], login: str) -> None:
-        """A proxy, if there is one: by a CONNECT for https; for http it gets the URL."""
+        """A proxy, if there is one: a CONNECT for https; for http it gets the URL."""
         parts = urllib.parse.urlsplit(self.url)
         self.proxy, self.connect, self.hint = proxy, b"", ""
         self.target = self.url  # that is asked for in the first line of each request
@@ -1927,7 +1814,8 @@ def _payload(prompt: Prompt, params: Dict[str, Any]) -> Tuple[str, bytes]:
             and all(isinstance(message, dict) for message in messages)):
         raise ConfigurationError(
             "a prompt is a string, a list of messages (dicts), or a dict with such "
-            "messages, not %s" % type(prompt).__name__)
+            "messages, not %s" % type(
+                messages if prompt is fields else prompt).__name__)
     if not isinstance(model, str) or not model:
         raise ConfigurationError('no model is named: Client(model="your-model-id")')
     if body.get("stream", True) in (False, None):
@@ -1951,7 +1839,8 @@ def _headers(headers: Dict[str, str]) -> Dict[str, str]:
                 and isinstance(value, str) and re.match(r"[ -~]*[!-~][ -~]*\Z", value)):
             raise ConfigurationError(
                 "headers= has a name or a value that no header can have: %r" % (name,))
-        if name.title() in ("Host", "Connection", "Content-Length", "Transfer-Encoding"):
+        if name.title() in (
+                "Host", "Connection", "Content-Length", "Transfer-Encoding"):
             raise ConfigurationError("the header %s cannot be set" % name)
     return {name.title(): value.strip() for name, value in headers.items()}
 
@@ -2050,17 +1939,22 @@ examples:
   python3 cometlimit.py -m MODEL -i requests.jsonl -o results.jsonl
 
 Prompts come back as a JSON array of answers. Input rows are OpenAI Batch
-requests, {"prompt": ...}, JSON strings or plain lines; output rows are OpenAI
-Batch results. The output file is the checkpoint: the same command again sends
-only what is missing or failed. Exit status: 0 all answered, 1 some failed,
-2 nothing sent, 3 stopped early (run it again), 128 + N ended by signal N."""
+requests, {"prompt": ...}, {"messages": ...} or plain lines; output rows are
+OpenAI Batch results. The output file is the checkpoint: the same command again
+sends only what is missing or failed. TEXT and JSON may be @FILE. Exit status:
+0 all answered, 1 some failed, 2 nothing sent, 3 stopped early (run it again),
+128 + N ended by signal N."""
 
-_TICK = 0.25    # seconds between two looks at the clock, and between two drawings of the bar
-_PLAIN = 30.0   # seconds between two lines of progress where there is no terminal
-_GRACE = 5.0    # seconds that a stopped run leaves to what is in flight
-_ALIKE = 5      # rows that fail alike for good, no answer between: that is no matter of the rows
-_PATIENCE = 50  # the same of failures that might have passed
-_SIGPIPE = 13   # which Windows does not name
+_TICK = 0.05       # seconds between two looks at signals and at a pipe
+_DRAW = 0.25       # seconds between two drawings of the progress on a terminal,
+_PLAIN = 30.0      # and between two lines of it elsewhere
+_FRESH = 30.0      # seconds for which it shows the last attempt that failed
+_GRACE = 5.0       # seconds that a stopped run leaves to what is in flight
+_UNREACHED = 2     # times max_delay (a minute): no server was reached, the run ends
+_ALIKE = 5         # rows of a model that fail alike, no answer between: it is in doubt
+_PATIENCE = 50     # rows from elsewhere before failures that may pass end its part
+_SHARED = frozenset({301, 302, 303, 307, 308, 401, 402, 403, 404, 405, 429, 503})
+_DONE, _NEW, _FAILED = 0, 1, 2  # what is to be done with a row; _FAILED: once before
 
 
 def main(argv: Optional[List[str]] = None) -> int:
@@ -2069,174 +1963,301 @@ def main(argv: Optional[List[str]] = None) -> int:
         options = _options(argv)
         with contextlib.ExitStack() as stack:
             return _demo(stack) if options.demo else _Job(options, stack).run()
-    except SystemExit as end:  # argparse's
+    except SystemExit as end:  # argparse's, or a signal's before anything was sent
         return int(end.code or 0)
-    except KeyboardInterrupt:  # before anything was sent
+    except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except (Error, OSError) as error:
-        _say("cometlimit: error: %s" % error)
+        _say("cometlimit: error: " + _in_our_words(str(error)))
         return 2
 
 
-def _say(text: str, passing: bool = False) -> None:
-    """Write a line to stderr, if it can be; a passing one is overwritten by the next."""
-    # No server's words may steer the terminal.
-    text = "".join(c if c.isprintable() or c == "\n" else "\\x%02x" % ord(c) for c in text)
+def _say(text: str, end: str = "\n") -> None:
+    """Write to stderr, if it can be: no server's words may steer the terminal."""
+    text = "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
     try:
-        if passing:
-            text = text[:os.get_terminal_size(sys.stderr.fileno()).columns - 1] + "\x1b[K\r"
-        sys.stderr.write(text if passing else text + "\n")
+        sys.stderr.write(text + end)
         sys.stderr.flush()
-    except (OSError, AttributeError):  # full or closed: the interpreter is not to try it again
+    except (OSError, AttributeError):  # full or closed: to be tried no more
         sys.stderr = None
+
+
+def _in_our_words(text: str) -> str:
+    """What the library says of its options, as the command line calls them."""
+    for pattern, words in (
+            (r", or pass api_key=", ""), (r"Client\(model=.*\)", "-m MODEL"),
+            (r"see Client\(.*\)", "see --help"), (r"\bheaders=", "--header"),
+            (r"timeout= \(or deadline=\)|^timeout\b", "--timeout"),
+            (r"\b(max|allow|ca)_(concurrency|rate|retries|http|file)(=True)?",
+             r"--\1-\2")):
+        text = re.sub(pattern, words, text)
+    return text
 
 
 def _options(argv: Optional[List[str]]) -> Any:
     parser = _parser()
-    options = parser.parse_args(argv)
+    options, unknown = parser.parse_known_args(argv)
+    if options.prompts in ([], ["-"]) and options.input_file is None and (
+            not options.demo):
+        options.prompts, options.input_file = [], "-"
+    by_hand = options.input_file in (None, "-") and not options.output_file
+    options.form = "text" if options.text else "array" if by_hand else "rows"
+    misuse = _misuse(options, by_hand)
+    if unknown:  # without values: one of them may be a key
+        misuse = "unknown: " + " ".join(word.split("=")[0] for word in unknown)
+    if misuse:
+        parser.error(misuse)
     try:
-        options.param, options.shard = dict(map(_param, options.param)), _shard(options.shard)
-    except ValueError:
-        parser.error("--param is NAME=JSON, and --shard I/N with I from 1 to N")
-    options.key = "none" if options.dry_run or options.demo else (
-        os.environ.get(options.api_key_env))
-    options.array = not (options.input_file or options.output_file)
-    if options.prompts and options.input_file:
-        parser.error("give either prompts or -i")
-    if options.prompts in ([], ["-"]) and not (options.input_file or options.demo):
-        options.input_file = "-"
-        if sys.stdin is None or sys.stdin.isatty():
-            parser.error("nothing to ask: give prompts, -i FILE or lines on stdin")
-    if options.model == "" or options.array and not (options.model or options.demo):
-        parser.error("name a model: -m MODEL")
-    if not (options.deadline > 0 and options.max_failures > 0):
-        parser.error("--deadline and --max-failures are numbers above 0")
-    if not options.key:
-        parser.error("there is no API key: set %s" % options.api_key_env)
-    if argv is None:  # 3.6 in the C locale takes UTF-8 for bytes that it cannot read
-        options.prompts = [os.fsencode(text).decode("utf-8", "replace") for text in options.prompts]
+        options.system = options.system and _or_file(options.system)
+        options.param = {name: _json_or_word(_or_file(text)) for name, text in (
+            _pair(word, "=", "--param is NAME=JSON") for word in options.param)}
+        _payload("x", dict({"model": "x"}, **options.param))
+        options.headers = dict(_pair(line, ":", "--header is NAME: VALUE")
+                               for line in options.headers)
+        at, shards = map(int, _pair(options.shard, "/", "--shard is I/N"))
+        options.shard = range(at - 1, sys.maxsize, max(shards, 1))
+        if not 0 < at <= shards:
+            raise ValueError("--shard is I/N, with I from 1 to N")
+    except (ValueError, OSError) as fault:
+        parser.error(_in_our_words(str(fault)))
     return options
+
+
+def _misuse(options: Any, by_hand: bool) -> str:
+    files = options.input_file, options.output_file, options.joblog
+    has_model = options.model or options.demo
+    return next((words for wrong, words in (
+        (options.prompts and files[0], "give either prompts or -i"),
+        (files[0] == "-" and (sys.stdin is None or sys.stdin.isatty()),
+         "nothing to ask: give prompts, -i FILE or lines on stdin"),
+        (by_hand and not has_model or options.model == "", "name a model: -m MODEL"),
+        (options.text and files[1], "--text goes to stdout, not to -o"),
+        ("" in files, "-i, -o and --joblog take the name of a file")) if wrong), "")
 
 
 def _parser() -> Any:
     import argparse  # here, as the library's start is not to wait for it
     parser = argparse.ArgumentParser(
-        prog="cometlimit", description=(__doc__ or "").partition("\n")[0], epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False)  # or --api-key KEY would pass for --api-key-env, and show the key
-    add = parser.add_argument
-    add("prompts", nargs="*", metavar="PROMPT", help="or - for one a line on stdin")
-    add("-m", "--model", metavar="MODEL", help="for rows that name none")
-    add("-i", "--input-file", metavar="FILE", help="rows to ask; - is stdin")
-    add("-o", "--output-file", metavar="FILE", help="rows of results; - is stdout")
-    add("-c", "--max-concurrency", type=int, default=5, metavar="N", help="in flight at once (5)")
-    add("--retries", type=int, default=4, metavar="N", help="attempts after the first (4)")
-    add("--timeout", type=float, default=600.0, metavar="SEC", help="of one attempt (600)")
-    add("--deadline", type=float, default=math.inf, metavar="SEC", help="stop after so long")
-    add("--max-failures", type=float, default=math.inf, metavar="N", help="stop after N failed")
-    add("--param", action="append", default=[], metavar="NAME=JSON", help="a field of each body")
-    add("--system", metavar="TEXT", help="a system message before each plain prompt")
-    add("--shard", default="1/1", metavar="I/N", help="of every N rows the I-th")
-    add("--joblog", metavar="FILE", help="append a JSON line for every attempt")
-    add("--dry-run", action="store_true", help="check the input, send nothing")
-    add("--base-url", metavar="URL", help="else COMETAPI_BASE_URL, else CometAPI's")
-    add("--api-key-env", default="COMETAPI_KEY", metavar="NAME", help="the key's variable")
-    add("-q", "--quiet", action="store_true", help="no progress, no summary")
-    add("--demo", action="store_true", help="see it find the limit of a server of its own")
-    add("--version", action="version", version="%(prog)s " + __version__)
+        "cometlimit", "cometlimit -m MODEL [PROMPT ... | -i FILE] [-o FILE] [--help]",
+        (__doc__ or "").split("\n")[0], _EPILOG, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    _add_options(parser.add_argument)
     return parser
 
 
-def _param(text: str) -> Tuple[str, Any]:
-    name, equals, value = text.partition("=")
-    if not (name and equals):
-        raise ValueError
-    return name, _loosely(value)
+def _add_options(add: Callable[..., Any]) -> None:
+    many: Dict[str, Any] = {"action": "append", "default": [], "type": _utf8}
+    add("prompts", nargs="*", type=_utf8, metavar="PROMPT", help="or -: lines on stdin")
+    add("-m", "--model", type=_utf8, help="for rows that name none")
+    add("-i", "--input-file", metavar="FILE", help="rows to ask; - is stdin")
+    add("-o", "--output-file", metavar="FILE", help="rows of results; - is stdout")
+    add("-c", "--max-concurrency", type=int, default=5, metavar="N", help="at once (5)")
+    add("--max-rate", type=float, metavar="N", help="most requests a second")
+    add("--max-retries", type=int, default=4, metavar="N", help="for each row (4)")
+    add("--timeout", type=float, default=600.0, metavar="SEC", help="of one try (600)")
+    add("--param", metavar="NAME=JSON", help="a field of each body", **many)
+    add("--system", type=_utf8, metavar="TEXT", help="a system message for each prompt")
+    add("--text", action="store_true", help="answers as bare text")
+    add("--shard", default="1/1", metavar="I/N", help="of every N rows the I-th")
+    add("--joblog", metavar="FILE", help="append a JSON line for every attempt")
+    add("--max-tokens-total", type=int, metavar="N", help="stop after so many tokens")
+    add("--skip-failed", action="store_true", help="leave rows that failed for good")
+    add("--dry-run", action="store_true", help="check the input, send nothing")
+    add("--base-url", metavar="URL", help="else COMETAPI_BASE_URL, else CometAPI's")
+    add("--header", dest="headers", metavar="'NAME: VALUE'", **many)
+    add("--allow-http", action="store_true", help="http to any host: it shows the key")
+    add("--ca-file", metavar="FILE", help="further certificates to trust (PEM)")
+    add("-q", "--quiet", action="store_true", help="no progress, no summary")
+    add("--demo", action="store_true", help="see it find the limit of its own server")
+    add("--version", action="version", version="%(prog)s " + __version__)
 
 
-def _shard(text: str) -> Tuple[int, int]:
-    at, shards = map(int, text.split("/"))
-    if not 1 <= at <= shards:
-        raise ValueError
-    return at - 1, shards
+def _utf8(word: str) -> str:
+    """An argument as it was typed: 3.6 in the C locale cannot read UTF-8."""
+    with contextlib.suppress(UnicodeError):
+        return os.fsencode(word).decode("utf-8")
+    return word
+
+
+def _or_file(value: str) -> str:
+    """A text, or what the file of @FILE holds."""
+    if value[:1] != "@":
+        return value
+    with open(value[1:].encode(), encoding="utf-8-sig") as file:
+        return file.read().rstrip("\r\n")
+
+
+def _pair(word: str, sign: str, form: str) -> Tuple[str, str]:
+    name, found, value = map(str.strip, word.partition(sign))
+    if not (name and found):
+        raise ValueError("%s, not %s" % (form, name))
+    return name, value
+
+
+def _json_or_word(text: str) -> Any:
+    """A value of JSON; what cannot be meant as such is a text."""
+    value = _loosely(text)
+    if value in (text, None) and re.match(
+            r"[\[{\"']|(?i:[-+.]?\d[\d.,_]*|true|false|none|nan|-?inf\w*|)$", text):
+        raise ValueError("a value of --param is no JSON: " + text)
+    return value
 
 
 # Rows
 
 
+_NO_ROWS = tuple((re.compile(pattern, re.S).match, what) for pattern, what in (
+    (br"\x1f\x8b|PK\x03\x04|\xfd7zXZ|BZh\d|\x28\xb5\x2f\xfd|PAR1", "packed: unpack it"),
+    (br"\xff\xfe|\xfe\xff|.*\0", "UTF-16 or UTF-32: save it as UTF-8"),
+    (br'[\[{]$|\[\s*\{|\[\s*".*[",\]]$', "a JSON document: give each row a line")))
+# A line of CSV with a field in quotes; one alone is a prompt.
+_is_csv = re.compile(br'(?=.*")("(""|[^"])*"|[^",]+)(,("(""|[^"])*"|[^",]*))*$').match
+
+
+class _Input:
+    """The lines with rows: of a file, which can be read again, a pipe, or prompts.
+
+    Of a file, the rows that were there at the start are asked: those that are appended
+    later are left to the next run.
+    """
+
+    def __init__(self, fd: int, prompts: List[str]) -> None:
+        self.fd, self.start, self.is_json = fd, 0, False
+        text = "\n".join(json.dumps({"prompt": prompt}) for prompt in prompts).encode()
+        self.read: Callable[[int, int], bytes] = lambda size, at: text[at:at + size]
+        self.is_pipe = not prompts and not os.path.isfile(fd)
+        if not (prompts or self.is_pipe):
+            self.start = os.lseek(fd, 0, os.SEEK_CUR)
+            self.read = functools.partial(os.pread, fd)
+        self.index = array.array("q")  # number, start and size of each row's line
+        self.lines: Dict[int, Tuple[int, bytes]] = {}  # of a pipe: not asked yet
+
+    def scan(self, shard: range) -> Iterator[Optional[int]]:
+        """The shard's rows, from 0; None where a pipe has nothing to read yet."""
+        count = row = number = quoted = 0
+        start = self.start
+        for line in self._lines():
+            if line is None:
+                yield None
+                continue
+            text, number = _strip(line), number + 1
+            quoted += text[:1] != b"{" and bool(_is_csv(text))
+            if quoted > 1:
+                raise ConfigurationError('the input is CSV: write {"prompt": ...} rows')
+            for matches, what in _NO_ROWS if text and not count else ():
+                if matches(text):
+                    raise ConfigurationError("the input is " + what)
+            self.is_json = self.is_json or not count and text[:1] == b"{"
+            if text and count in shard:
+                if self.is_pipe:
+                    self.lines[row] = number, text
+                else:
+                    self.index.extend((number, start, len(line)))
+                yield row
+                row += 1
+            count, start = count + bool(text), start + len(line) + 1
+
+    def get(self, row: int) -> Tuple[int, bytes]:
+        """The number and the text of a row's line."""
+        if self.is_pipe:
+            return self.lines[row]
+        number, start, size = self.index[3 * row:3 * row + 3]
+        line = self.read(size, start)
+        if len(line) < size:
+            raise OSError("the input was cut short meanwhile")
+        return number, _strip(line)
+
+    def _lines(self) -> Iterator[Optional[bytes]]:
+        """Lines as bytes: only \\n ends one, others may stand inside of strings."""
+        at, parts, data = self.start, [b""], b"-"
+        while data:
+            if self.is_pipe and not select.select([self.fd], [], [], 0)[0]:
+                yield None
+                continue
+            data = os.read(self.fd, 1 << 16) if self.is_pipe else self.read(1 << 16, at)
+            at, lines = at + len(data), data.split(b"\n")
+            parts.append(lines[0])
+            if not data or len(lines) > 1:
+                yield b"".join(parts)
+                yield from lines[1:-1]
+                parts = lines[-1:]
+
+
+def _strip(line: bytes) -> bytes:
+    line = line[3:] if line.startswith(b"\xef\xbb\xbf") else line
+    return line.strip(b" \t\r\n\f\v\0")
+
+
 class _Row(NamedTuple):
     """A question of the input."""
-
-    id: str      # its custom_id, else its line
-    order: int   # its place among the rows of this run
+    id: str    # its custom_id, else its line
     line: int
-    mark: int    # made of what it says: by it another input is known
     body: Dict[str, Any]
+    mark: str  # of all that is asked: another one is another question
     problem: Optional[ConfigurationError]  # why it cannot be asked
 
 
-def _rows(lines: Iterable[bytes], options: Any) -> Iterator[_Row]:
-    """The rows of the shard. Only \\n ends a line: other ends may stand inside of strings."""
-    count, (at, shards) = 0, options.shard
-    for number, line in enumerate(lines, 1):
-        if line.startswith(b"\xef\xbb\xbf"):
-            line = line[3:]
-        line = line.strip(b" \t\r\n\f\v\0")
-        if line:
-            if count % shards == at:
-                yield _row(line, count // shards, number, options)
-            count += 1
-
-
-def _row(line: bytes, order: int, number: int, options: Any) -> _Row:
-    name, body, problem = "line-%d" % number, {}, None
+def _row(source: _Input, n: int, options: Any) -> _Row:
+    (number, line), body, problem = source.get(n), {}, None
+    name = "line-%d" % number
     try:
         text = line.decode("utf-8")
-        parse = _parse if text[0] == "{" and not options.array else _loosely
-        value = parse(text) if text[0] in '{["' else text
-        value = value if isinstance(value, dict) else {"prompt": value}
-        if isinstance(value.get("custom_id"), (str, int)):
-            name = str(value["custom_id"])
+        value = _parse(text) if text[0] == "{" else (
+            _loosely(text) if source.is_json else text)
+        value = {"prompt": text} if value is text else value
+        if not isinstance(value, dict):
+            raise ValueError("a row is an object or a plain prompt")
+        value = {field: value[field] for field in value if value[field] is not None}
+        own = value.get("custom_id", name if "body" in value else value.get("id", name))
+        if isinstance(own, bool) or not isinstance(own, (str, int)):
+            raise ConfigurationError("a custom_id is a text or a whole number, not "
+                                     + repr(own), code="invalid_input")
+        name = str(own)
         body = _body(value, options)
     except ConfigurationError as fault:
         problem = fault
     except ValueError as fault:
-        problem = ConfigurationError("line %d is no JSON: %s" % (number, fault),
+        problem = ConfigurationError("line %d cannot be read: %s" % (number, fault),
                                      code="invalid_json_line")
-    return _Row(name, order, number, binascii.crc32(line), body, problem)
+    return _Row(name, number, body, _digest(_canonical(body)), problem)
 
 
 def _body(value: Dict[str, Any], options: Any) -> Dict[str, Any]:
-    """The fields of a request, with the messages under "prompt", from any form of row."""
+    """The body of the request, from any form of row. Raises ConfigurationError."""
     url, given = str(value.get("url", "/chat/completions")), value.get("body", value)
     if value.get("method", "POST") != "POST" or not url.endswith("/chat/completions"):
         raise ConfigurationError("only POST to /v1/chat/completions can be asked")
     if not isinstance(given, dict):
         raise ConfigurationError("the body of a row is an object")
-    body = dict(dict({"model": options.model}, **options.param), **given)
-    for name in ("custom_id", "method", "url"):
-        body.pop(name, None)
-    messages = body.pop("messages", None)
-    prompt = body.setdefault("prompt", messages)
-    if options.system and isinstance(prompt, str):
-        body["prompt"] = [{"role": "system", "content": options.system},
-                          {"role": "user", "content": prompt}]
-    if options.dry_run:
-        _payload(_prompt(body), {})
+    body = dict({"model": options.model}, **options.param)
+    body.update((name, field) for name, field in given.items() if field is not None
+                and name not in ("custom_id", "id", "method", "url"))
+    if "prompt" in body and "messages" in body:
+        raise ConfigurationError("a row has either a prompt or messages")
+    if "prompt" in body:
+        prompt = body.pop("prompt")
+        roles = [("system", options.system), ("user", prompt)][not options.system:]
+        body["messages"] = prompt if not isinstance(prompt, str) else [
+            {"role": role, "content": text} for role, text in roles]
+    _payload(body, {})
+    last = body["messages"][-1]
+    if last.get("role") == "user" and not str(last.get("content")).strip():
+        raise ConfigurationError("the prompt is empty", code="invalid_input")
     return body
 
 
-def _prompt(body: Dict[str, Any]) -> Any:
-    fields = dict(body)
-    prompt = fields.pop("prompt", None)
-    if isinstance(prompt, str):
-        prompt = [{"role": "user", "content": prompt}]
-    return dict(fields, messages=prompt)
+_canonical = json.JSONEncoder(sort_keys=True).encode
+
+
+def _digest(text: str) -> str:
+    """64 bits of a text; hashlib may refuse to work where FIPS rules."""
+    data = text.encode("utf-8", "backslashreplace")
+    return "%08x%08x" % (zlib.crc32(data), zlib.crc32(data[::-1]))
 
 
 def _result(row: _Row, outcome: Union[Completion, Error]) -> bytes:
-    """The OpenAI Batch output line. A failure stands in both the places where readers look for it:
-    https://github.com/openai/openai-openapi/issues/302"""
+    """The OpenAI Batch output line. A failure stands in both the places where readers
+    look for it: https://github.com/openai/openai-openapi/issues/302"""
     status, body = getattr(outcome, "status_code", 200), outcome.body
     error: Optional[Dict[str, Any]] = None
     if isinstance(outcome, Error):
@@ -2244,111 +2265,102 @@ def _result(row: _Row, outcome: Union[Completion, Error]) -> bytes:
         if isinstance(outcome, ConfigurationError):
             error["line"] = row.line
         if not isinstance(body, dict):
-            body = {"error": {"message": body, "type": None, "param": None, "code": None}}
-    response = {"status_code": status, "request_id": outcome.request_id, "body": body}
-    names = binascii.crc32(row.id.encode("utf-8", "backslashreplace")), row.mark
-    return json.dumps({"id": "batch_req_%08x%08x" % names, "custom_id": row.id,
-                       "response": response if status else None, "error": error}).encode() + b"\n"
-
-
-def _answered(result: Dict[str, Any]) -> bool:
-    """Whether an output line, whoever wrote it, holds an answer."""
-    response = result["response"]  # which even the oddest results have, and requests have not
-    if result.get("error") is not None or not isinstance(response, dict):
-        return False
-    if "status_code" not in response:  # the completion itself, as old versions of vLLM have it
-        return bool(response.get("choices"))
-    body = response.get("body")
-    return (response["status_code"] in range(200, 300) and isinstance(body, dict)
-            and bool(body) and not body.get("error"))
+            body = {"error": {"message": body, "type": None, "param": None,
+                              "code": None}}
+    name = "batch_req_%s_%s" % (_digest(row.id), row.mark)
+    response = {"status_code": status, "body": body,
+                "request_id": outcome.request_id or name}
+    return json.dumps({"id": name, "custom_id": row.id, "error": error,
+                       "response": response if status else None}).encode() + b"\n"
 
 
 # Results
 
 
 def _write(fd: int, data: bytes) -> None:
-    """All of it or an OSError: file objects keep what a full disk refused, and write it later."""
+    """All of it or an OSError: file objects keep what a full disk refused for later."""
     left = memoryview(data)
     while left:
         left = left[os.write(fd, left):]
 
 
-def _stdout() -> Callable[[bytes], Any]:
-    """What writes to stdout, whatever stands for it."""
-    out: Any = sys.stdout
-    if out is None:
-        raise ConfigurationError("stdout is closed: the answers would go nowhere")
-    out.flush()
-    try:
-        fd = out.fileno()
-        return lambda data: _write(fd, data)
-    except OSError:  # a stream of Python's
-        return out.buffer.write if hasattr(out, "buffer") else lambda data: out.write(data.decode())
-
-
 class _Stream:
     """Results to a pipe, in the order of the rows: what comes early is held back."""
+    tokens, skipped, found = 0, 0, ()  # which a checkpoint has
 
-    def __init__(self, write: Callable[[bytes], Any], array: bool) -> None:
-        self.write, self.array = write, array
+    def __init__(self, write: Callable[[bytes], Any], form: str) -> None:
+        self.write, self.form = write, form
         self.early: Dict[int, bytes] = {}
         self.written = 0
 
-    def put(self, row: _Row, outcome: Union[Completion, Error]) -> int:
-        """Take a result; returns how many have gone out by it."""
-        if self.array:  # half a surrogate pair becomes the escape that JSON has for it
-            text = json.dumps(getattr(outcome, "text", None), ensure_ascii=False)
-            self.early[row.order] = text.encode("utf-8", "backslashreplace")
+    def put(self, n: int, row: Optional[_Row], outcome: Any) -> None:
+        """Take a result; without a row, it was left."""
+        text = getattr(outcome, "text", None)
+        if self.form == "rows":
+            self.early[n] = _result(row, outcome) if row else b""
         else:
-            self.early[row.order] = _result(row, outcome)
-        before = self.written
+            words = json.dumps(text, ensure_ascii=False) if self.form == "array" else (
+                "" if text is None else text + "\n")
+            self.early[n] = words.encode("utf-8", "backslashreplace")
         while self.written in self.early:
-            self._emit(self.early.pop(self.written))
-        return self.written - before
+            if self.form == "array":
+                self.write(b",\n " if self.written else b"[")
+            self.write(self.early.pop(self.written))
+            self.written += 1
+
+    def meet(self, row: _Row) -> int:
+        return _NEW
+
+    def look(self) -> None:
+        """A pipe needs no care."""
+
+    begin = look
 
     def close(self, rows: int) -> None:
-        for order in range(self.written, rows):  # after a stop there may be gaps
-            self._emit(self.early.get(order, b"null" if self.array else b""))
-        if self.array:
+        for n in range(self.written, rows):  # after a stop there may be gaps
+            if n not in self.early:
+                self.put(n, None, None)
+        if self.form == "array":
             self.write(b"]\n" if rows else b"[]\n")
-
-    def _emit(self, data: bytes) -> None:
-        if self.array:
-            data = (b",\n " if self.written else b"[") + data
-        self.written += 1
-        self.write(data)
 
 
 class _Checkpoint:
     """Results to a file, which is all that a resumed run needs.
 
-    A result is appended, in one piece, as soon as it is there, whatever is still open before it: a
-    kill costs none that was received. close() puts the rows into the input's order and leaves only
-    the last of each, in a copy that takes the file's place.
-
-    A place is the offset of a row's line + 1: negative for a failure, which gives way; 0: none.
+    A result is appended, in one piece, as soon as it is there, whatever is still open
+    before it: a kill costs none that was received. close() puts the rows into the order
+    of the input and leaves the last of each, in a copy that takes the file's place.
     """
+    written = sys.maxsize  # no row waits for those before it
 
-    def __init__(self, fd: int, path: str, places: Dict[str, int]) -> None:
-        self.fd, self.path = fd, path
-        self.places = places              # of the rows of the input, in its order
-        # Of rows not met yet, << 32, with the mark: tuples would take 100 bytes more for each.
+    def __init__(self, fd: int, path: str, skip_failed: bool) -> None:
+        self.fd, self.path, self.skip_failed = fd, path, skip_failed
+        # The offset + 1 of each row's line: negative for a failure; 0: there is none.
+        self.places = array.array("q")
+        # By id, of rows not met yet: the same << 64, with the mark or, of a failure,
+        # whether it was one for good. Tuples would take 100 bytes more for each.
         self.found: Dict[str, int] = {}
-        self.lines = self.end = 0
-        self.gap = b""                    # what is missing at the end
+        self.lines = self.end = self.tokens = self.skipped = 0
+        self.gap = b""  # what is missing at the end
         self._lock()
         self._load()
 
     def _lock(self) -> None:
+        import fcntl
         try:
-            import fcntl
             fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not os.path.samefile(self.fd, self.path):
-                raise BlockingIOError  # a run that has just ended put another file in its place
-        except ImportError:  # on Windows
-            pass
+            if not self._is_there():
+                raise BlockingIOError  # by a run that has just ended
         except BlockingIOError:
             raise ConfigurationError("another run writes to %s" % self.path) from None
+        except OSError as fault:
+            _say("cometlimit: %s cannot be locked (%s): let no other run write to it"
+                 % (self.path, fault))
+
+    def _is_there(self) -> bool:
+        with contextlib.suppress(OSError):
+            return os.path.samefile(self.fd, self.path)
+        return False
 
     def _load(self) -> None:
         bad, start = 0, b'{"id": "batch_req_'
@@ -2356,9 +2368,11 @@ class _Checkpoint:
             for line in lines:
                 whole = line.endswith(b"\n")
                 try:
-                    self._learn(_parse(line.decode("utf-8").lstrip("\ufeff"), 2 * _MAX_DEPTH))
+                    text = line.decode("utf-8").lstrip("\ufeff")
+                    self._learn(_parse(text, 2 * _MAX_DEPTH))
                 except (ValueError, LookupError, TypeError, AttributeError):
-                    if not whole and (self.found or line[:len(start)] == start[:len(line)]):
+                    is_ours = self.found or start.startswith(line[:len(start)])
+                    if is_ours and not whole:
                         break  # torn by a kill: the next row takes its place
                     bad += 1
                 self.lines, self.end = self.lines + 1, self.end + len(line)
@@ -2366,386 +2380,611 @@ class _Checkpoint:
         if bad:
             _say("cometlimit: %d lines of %s are no results" % (bad, self.path))
             if not self.found:
-                raise ConfigurationError("%s holds something else: it is left as it is" % self.path)
+                raise ConfigurationError("%s holds something else: it is left as it is"
+                                         % self.path)
 
     def _learn(self, result: Any) -> None:
+        """Take note of an output line, whoever wrote it."""
         name, place = str(result["custom_id"]), self.end + 1
-        if _answered(result):
-            mark = re.match("batch_req_[0-9a-f]{8}([0-9a-f]{8})$", str(result.get("id")))
-            self.found[name] = place << 32 | (int(mark.group(1), 16) if mark else 0)
+        response, error = result["response"], result.get("error")
+        response = response if isinstance(response, dict) else {}
+        status, body = response.get("status_code"), response.get("body")
+        is_good = error is None and status in range(200, 300)
+        if is_good and isinstance(body, dict) and body and not body.get("error"):
+            found = re.match("batch_req_[0-9a-f]{16}(?:_([0-9a-f]{16}))?$",
+                             str(result.get("id")))
+            # Rows of other programs have no mark; version 1.0 made marks that fit none.
+            mark = int(found.group(1) or "1", 16) if found else 0
+            self.found[name] = place << 64 | mark
+            self.tokens += _tokens(body.get("usage"))
         elif self.found.get(name, 0) <= 0:
-            self.found[name] = -place << 32
+            code = error.get("code") if isinstance(error, dict) else None
+            self.found[name] = -(place << 64 | (
+                status not in RETRYABLE | {401, 402} if status
+                else str(code).startswith("invalid_")))
 
-    def place(self, row: _Row) -> int:
-        """Where the result of a row that is met stands. Raises ConfigurationError."""
-        place, mark = divmod(self.found.get(row.id, 0), 1 << 32)
-        if mark not in (0, row.mark):
-            raise ConfigurationError("%s is of another input: there, %r asked something else"
-                                     % (self.path, row.id))
+    def meet(self, row: _Row) -> int:
+        """The state of the input's next row. Raises ConfigurationError if what was
+        answered is another question."""
+        found = self.found.get(row.id, 0)
+        place, mark = divmod(abs(found), 1 << 64)
+        self.places.append(0)
+        if found > 0 and mark not in (0, int(row.mark, 16)):
+            raise ConfigurationError(
+                "%s is of another input or other settings: there, %r asked something "
+                "else. Name another -o, or delete such rows" % (self.path, row.id))
+        self.places[-1] = place if found > 0 else -place
         self.found.pop(row.id, None)
-        return place
+        is_skipped = found < 0 and self.skip_failed and mark > 0
+        self.skipped += is_skipped
+        return _DONE if found > 0 or is_skipped else _FAILED if found else _NEW
 
-    def put(self, row: _Row, outcome: Union[Completion, Error]) -> int:
+    def put(self, n: int, row: Optional[_Row], outcome: Any) -> None:
+        if row is None:
+            return  # it is left as it is
+        self._check_size()
         line, place = self.gap + _result(row, outcome), self.end + len(self.gap) + 1
         try:
-            os.ftruncate(self.fd, self.end)
             _write(self.fd, line)
         except OSError:  # a full disk takes half a row
             os.ftruncate(self.fd, self.end)
             raise
+        self.places[n] = -place
         if isinstance(outcome, Completion):
-            self.places[row.id] = place
-        elif self.places.get(row.id, 0) <= 0:
-            self.places[row.id] = -place
+            self.places[n], self.tokens = place, self.tokens + _tokens(outcome.usage)
         self.lines, self.end, self.gap = self.lines + 1, self.end + len(line), b""
-        return 1
+
+    def begin(self) -> None:
+        os.ftruncate(self.fd, self.end)  # half a row is no row
+
+    def look(self) -> None:
+        """See that what was written is safe, and still there."""
+        os.fsync(self.fd)
+        self._check_size()
+        if not self._is_there():
+            _say("cometlimit: %s was removed or replaced: it is written back"
+                 % self.path)
+            self._replace(None)
 
     def close(self, _: int) -> None:
-        self.places.update((name, found >> 32) for name, found in self.found.items())
-        order = [abs(place) for place in self.places.values() if place]
-        os.ftruncate(self.fd, self.end)
-        if len(order) == self.lines and order == sorted(order):
-            return
+        self.look()
+        order = [abs(place) for place in self.places if place]
+        order += sorted(abs(found) >> 64 for found in self.found.values())
+        if len(order) != self.lines or order != sorted(order):
+            try:
+                self._replace(order)
+            except OSError as fault:
+                _say("cometlimit: %s is whole, but not in the input's order: %s"
+                     % (self.path, fault))
+
+    def _check_size(self) -> None:
+        if os.fstat(self.fd).st_size != self.end:
+            raise OSError("another program has written to %s" % self.path)
+
+    def _replace(self, places: Optional[List[int]]) -> None:
+        """Put a copy with these rows (None: all) into the file's place: with its mode
+        and, under its descriptor, its lock."""
         draft = self.path + ".sorted"
+        fd = os.open(draft, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o600)
         try:
-            with open(self.path, "rb") as rows, open(draft, "wb") as copy:
-                for place in order:
-                    rows.seek(place - 1)
-                    copy.write(rows.readline().rstrip(b"\n") + b"\n")
-                copy.flush()
-                os.fsync(copy.fileno())
-            os.chmod(draft, os.stat(self.path).st_mode & 0o777)
+            with open(self.fd, "rb", closefd=False) as rows:
+                rows.seek(0)
+                for line in rows if places is None else (
+                        (rows.seek(place - 1), rows.readline())[1] for place in places):
+                    _write(fd, line if places is None else line.rstrip(b"\n") + b"\n")
+            os.fchmod(fd, os.fstat(self.fd).st_mode & 0o777)
+            os.fsync(fd)
             os.replace(draft, self.path)
-        except OSError as fault:
-            _say("cometlimit: %s is whole, but not in the input's order: %s" % (self.path, fault))
-            if os.path.exists(draft):
-                os.unlink(draft)
+            os.dup2(fd, self.fd, inheritable=False)
+        except OSError:
+            os.unlink(draft)
+            raise
+        finally:
+            os.close(fd)
+        self._lock()
+
+
+def _tokens(usage: Any) -> int:
+    counts = map((usage if isinstance(usage, dict) else {}).get,
+                 ("prompt_tokens", "completion_tokens"))
+    return sum(count for count in counts if isinstance(count, int))
 
 
 # A run
 
 
-class _Tally:
-    """What became of the rows of a run: counted, and shown on stderr."""
+class _Screen:
+    """What becomes of the rows: counted, and shown on stderr."""
 
     def __init__(self, options: Any) -> None:
         self.options = options
         self.total: Optional[int] = None  # rows, if that is known beforehand
-        self.kept = self.answers = self.failures = 0  # kept: answered by an earlier run
-        self.errors: Dict[str, List[Any]] = {}  # by code: how many, and the first
-        self.alike: Dict[Any, int] = collections.Counter()  # failures since the last answer
-        self.began = self.shown = time.monotonic()
-        shared = options.output_file in (None, "-") and sys.stdout is not None and (
-            sys.stdout.isatty())  # by the answers
-        self.bar = not (options.quiet or shared or sys.stderr is None) and sys.stderr.isatty()
+        self.kept = self.answers = self.failures = self.tokens = 0
+        self.errors: Dict[str, List[Any]] = {}  # by code: how many, the first one, ids
+        self.trouble, self.trouble_at = "", -math.inf  # the last attempt that failed
+        self.is_reached = False
+        self.began = time.monotonic()
+        self.past = collections.deque([(self.began, 0)])  # what was done by when
+        shared = options.output_file in (None, "-") and sys.stdout  # with the answers
+        self.bar = not (options.quiet or shared and shared.isatty()) and (
+            sys.stderr and sys.stderr.isatty())
+        self.due = self.began + (0.0 if self.bar else _PLAIN)
 
-    def count(self, row: _Row, outcome: Union[Completion, Error]) -> str:
-        """Count an outcome. Returns why the run should end by it, or ""."""
-        if isinstance(outcome, Completion):
+    def attempt(self, record: Record, place: str) -> None:
+        self.tokens += record.prompt_tokens + record.completion_tokens
+        self.is_reached |= record.status is not None or record.error == "timeout"
+        if record.error is not None:
+            self.trouble_at = time.monotonic()
+            if not self.trouble:
+                self.due = min(self.due, self.trouble_at + 1.0)  # the first comes early
+            self.trouble = "no connection to " + place if (
+                record.error.startswith("connect")) else "%s %s" % (
+                record.status or "", record.error)
+
+    def count(self, row: _Row, outcome: Union[Completion, Error]) -> None:
+        if not isinstance(outcome, Error):
             self.answers += 1
-            self.alike.clear()
-            return ""
+            return
         self.failures += 1
-        code, status = _code(outcome), outcome.status_code
-        self.errors.setdefault(code, [0, "%s: %s" % (row.id, outcome)])[0] += 1
-        if self.options.array:
-            _say("cometlimit: %s: %s" % (row.id, outcome))
-        if outcome.retryable or isinstance(outcome, APIConnectionError) or (
-                status in (401, 402, 403, 404, 429, 503)):  # no matter of the row
-            self.alike[code, status] += 1
-        if self.alike[code, status] >= (_PATIENCE if outcome.retryable else _ALIKE):
-            return "%d rows failed alike, with no answer between" % self.alike[code, status]
-        if self.failures >= self.options.max_failures:
-            return "%d rows failed" % self.failures
-        return ""
+        text, form = _in_our_words(str(outcome)), self.options.form
+        if form != "rows":
+            _say("cometlimit: %s: %s" % (row.id, text))
+        kind = self.errors.setdefault(_code(outcome), [0, text, []])
+        kind[0] += 1
+        if kind[0] <= 10:
+            kind[2].append(row.id)
 
-    def progress(self, client: Client) -> str:
-        asked, total = self.answers + self.failures, self.total
-        done, rate = self.kept + asked, asked / max(0.001, self.shown - self.began)
-        text = "%d%s done" % (done, "" if total is None else "/%d" % total)
-        if total and self.bar:
-            text = "[%-16s] %s" % ("#" * (16 * done // total), text)
-        text += ", %d failed" % self.failures if self.failures else ""
-        if total and rate:
-            text += ", %d:%02d left" % divmod((total - done) / rate, 60)
-        text += ", %.1f/s" % rate
-        for (_, model), stats in sorted(client.metrics.items()):
-            limits = ", ".join(words % value for words, value in (
-                ("rate limit %.3g/s", stats.rate), ("window %d", stats.window),
-                ("429 x %d", stats.statuses[429])) if value)
-            text += "; %s: %s" % (model, limits) if limits else ""
-        return text
+    def draw(self, client: Client, stopping: str) -> None:
+        """Show how the run goes, if that is due."""
+        now = time.monotonic()
+        if now >= self.due and not self.options.quiet:
+            self.due = now + (_DRAW if self.bar else _PLAIN)
+            width = self.bar and os.get_terminal_size(sys.stderr.fileno()).columns or 80
+            text = stopping or self._progress(client, now, width)
+            _say(text[:width - 1], "\x1b[K\r" if self.bar else "\n")
 
-    def summary(self, client: Client) -> Iterator[str]:
-        form = "%-20s %8s %8s %7s %10s %10s %6s %6s"
-        yield form % ("model", "requests", "answers", "retries", "tokens in", "out", "p50 s",
-                      "p95 s")
-        for (_, model), stats in sorted(client.metrics.items()):
-            yield form % (model, stats.requests, stats.answers, stats.retries, stats.prompt_tokens,
-                          stats.completion_tokens, "%.2f" % stats.latency(0.5),
-                          "%.2f" % stats.latency(0.95))
-            yield "  statuses: " + ", ".join("%s x %d" % (status or "none", stats.statuses[status])
-                                             for status in sorted(stats.statuses, key=str))
-        for code, (count, sample) in sorted(self.errors.items()):
-            yield "%d x %s, first %s" % (count, code, sample)
-        yield "%d answered, %d failed, %d kept, %.1f s" % (
-            self.answers, self.failures, self.kept, time.monotonic() - self.began)
+    def _progress(self, client: Client, now: float, width: int) -> str:
+        done, total = self.answers + self.failures, self.total
+        stats = client.metrics.values()
+        self.past.append((now, done))
+        while self.past[0][0] < now - 60.0:
+            self.past.popleft()
+        rate = (done - self.past[0][1]) / max(0.001, now - self.past[0][0])
+        left = (total - self.kept - done) / rate if total and rate else 0.0
+        chance = max([100 * one.chance // max(1, one.requests) for one in stats] or [0])
+        parts = [  # each with its rank: the highest gives way where there is no room
+            (0, "%d%s done" % (done + self.kept, "/%d" % total if total else "")),
+            (1, self.failures and "%d failed" % self.failures), (4, "%.1f/s" % rate),
+            (3, left and "%d:%02d:%02d left" % (
+                left // 3600, left // 60 % 60, left % 60)),
+            (5, ", ".join("limit %.3g/s" % one.rate if one.rate else
+                          "window %s" % one.window
+                          for one in stats if one.rate or one.window)),
+            (6, chance and "%d %% refused by chance" % chance),
+            (2, now < self.trouble_at + _FRESH and self.trouble)]
+        while len(parts) > 3 and len(", ".join(
+                words for _, words in parts if words)) >= width:
+            parts.remove(max(parts))
+        return ", ".join(words for _, words in parts if words)
+
+    def summary(self, client: Client, sink: Any, left: int) -> Iterator[str]:
+        stats = client.metrics.values()
+        yield str(client.metrics)
+        for code, (count, message, ids) in sorted(self.errors.items()):
+            if self.options.form == "rows":  # else they were told at once
+                yield textwrap.fill("%d x %s (%s%s): %s" % (
+                    count, code, ", ".join(ids), ", ..." * (count > len(ids)),
+                    message[:300]), 80, subsequent_indent="  ")
+        odd = [sum(one.empty for one in stats), sum(one.cut_off for one in stats)]
+        if any(odd):
+            yield "answers without text: %d; cut off by a length limit: %d" % tuple(odd)
+        if isinstance(sink, _Checkpoint):
+            yield "tokens: %d in this run, %d in all of %s" % (
+                self.tokens, sink.tokens, sink.path)
+        yield "%d answered, %d failed, %d kept, %d left, %.1f s" % (
+            self.answers, self.failures, self.kept, left, time.monotonic() - self.began)
 
 
 class _Job:
     """One run: rows in, results out.
 
-    A thread of its own reads the input, so that neither results nor signals wait for it. This one,
-    the main thread, does all the rest, and it alone writes.
+    The main thread alone reads, writes and decides; the client's threads only put what
+    happened into `events`.
     """
 
     def __init__(self, options: Any, stack: contextlib.ExitStack) -> None:
-        self.options, self.stack, self.tally = options, stack, _Tally(options)
-        self.events: Any = queue.Queue()  # what happened: the method for it, and its argument
-        self.calls: Dict[Future, _Row] = {}  # under way
-        self.places: Dict[str, int] = {}    # by id: above 0 where there is an answer already
-        self.files: Dict[str, int] = {}     # that are open, by what they are for
-        self.rows = self.signal = 0         # rows that were met
-        width = max(1, options.max_concurrency)
-        self.room = threading.Semaphore(2 * width)        # rows without an outcome
-        self.space = threading.Semaphore(_AHEAD * width)  # rows that are not written
-        self.reading, self.reason, self.until = False, "", math.inf  # why, and when it ends early
+        self.options, self.stack, self.screen = options, stack, _Screen(options)
+        self.events: Any = queue.Queue()  # what happened: its method, and the argument
+        self.calls: Dict[Future, Tuple[int, _Row]] = {}  # under way
+        self.files: Dict[str, int] = {}   # that are open, by what they are for
+        self.ids: Set[str] = set()
+        self.todo, self.models = bytearray(), []  # type: bytearray, List[str]  # by row
+        self.cursors = [0, 0, 0]          # where to look for the next row, by state
+        self.doubt = _Doubt()
+        self.signal = 0
+        self.reason, self.until = "", math.inf  # why, and when, it ends early
+        self.looked = 0.0
+        self.is_sending = self.is_reading = False
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if threading.current_thread() is threading.main_thread() and (
+                    signal.getsignal(number) is not signal.SIG_IGN):  # as under nohup
+                stack.callback(signal.signal, number,
+                               signal.signal(number, self._on_signal))
         self.client = Client(
-            api_key=options.key, base_url=options.base_url, timeout=options.timeout,
-            max_retries=options.retries, max_concurrency=options.max_concurrency,
-            on_record=lambda record: self.events.put((self._log, record)))
+            api_key="none" if options.dry_run else None,
+            on_record=lambda record: self.events.put((self._log, record)),
+            **{name: vars(options)[name] for name in _OPTIONS & set(vars(options))})
         stack.callback(self.client.close)
-        self.source, self.known = self._input(options.input_file)
+        self.place = urllib.parse.urlsplit(self.client.base_url).netloc
+        self.input = self._input(options.input_file)
+        self.rows = self.input.scan(options.shard)
         self.sink = self._output(options.output_file or "-")
 
     def run(self) -> int:
-        """Returns the exit status. Raises ConfigurationError or OSError before anything is sent."""
-        options, lost = self.options, False
-        if options.dry_run:
+        """Returns the exit status. Raises Error or OSError before anything is sent."""
+        if self.options.dry_run:
             return int(self._survey() > 0)
-        if self.known:
+        if not self.input.is_pipe:
             self._survey()
-            self.tally.total = self.rows
-        self.joblog = options.joblog and self._open("job log", options.joblog, os.O_WRONLY)
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self.stack.callback(signal.signal, number, signal.signal(number, self._on_signal))
-        self.reading = True
-        threading.Thread(target=self._read, daemon=True).start()
+            self.screen.total = len(self.todo)
+        self.joblog = self.options.joblog and self._open(
+            "job log", self.options.joblog, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        lost, self.is_sending, self.is_reading = False, True, self.input.is_pipe
         try:
-            while self.calls or self.reading and not self.reason or not self.events.empty():
+            self.sink.begin()
+            while self._fill() or self.calls or not self.events.empty():
                 with contextlib.suppress(queue.Empty):
                     handle, what = self.events.get(timeout=_TICK)
                     handle(what)
                 self._look()
-            self.sink.close(self.rows)
-        except OSError as fault:  # nothing of what is still in flight could be written either
+            self.sink.close(len(self.todo))
+        except (OSError, ConfigurationError) as fault:  # no result can be written
+            if self.is_reading and not self.todo:
+                raise
             lost, self.reason = True, "the results cannot be written: %s" % fault
             if isinstance(fault, BrokenPipeError):
-                self.signal = _SIGPIPE  # as `head` leaves: quietly
+                self.signal = signal.SIGPIPE  # as `head` leaves: quietly
         return self._end(lost)
 
-    def _input(self, path: Optional[str]) -> Tuple[Any, bool]:
-        """The input's lines, and whether they are known beforehand: can be read twice."""
-        if path is None:  # JSON strings, as a prompt may have lines
-            return [json.dumps(prompt).encode() for prompt in self.options.prompts], True
-        # Not sys.stdin: a thread that waits for it would abort the interpreter's end.
-        source = open(sys.stdin.fileno() if path == "-" else path, "rb", closefd=path != "-")
-        known = os.path.isfile(source.fileno())
-        # A pipe that is still waited for cannot be closed.
-        self.stack.callback(lambda: source.close() if known or not self.reading else None)
-        self.files["input"] = source.fileno()
-        return source, known
+    def _on_signal(self, number: int, _: Any) -> None:
+        if not self.is_sending:
+            raise SystemExit(128 + number)
+        if self.signal:
+            os._exit(128 + number)  # the second one: no row waits to be written
+        self.signal = number
 
-    def _output(self, path: str) -> Any:
-        array = self.options.array
+    def _input(self, path: Optional[str]) -> _Input:
+        if path is None:
+            return _Input(-1, self.options.prompts)
+        return _Input(self._open("input", sys.stdin.fileno() if path == "-" else path,
+                                 os.O_RDONLY), [])
+
+    def _output(self, path: Any) -> Any:
+        form, mode = self.options.form, os.O_CREAT | os.O_APPEND
         if self.options.dry_run and not os.path.isfile(path):
-            return None
+            return _Stream(len, form)
+        if path == "-" and sys.stdout is None:
+            raise ConfigurationError("stdout is closed: the answers would go nowhere")
         if path == "-":
-            write = _stdout()
-            with contextlib.suppress(OSError):  # a stream of Python's is no file
-                self._refuse_open(sys.stdout.fileno(), "stdout")
-            return _Stream(write, array)
-        if os.path.exists(path) and not os.path.isfile(path):  # a pipe or a device
-            fd = self._open("output", path, os.O_WRONLY)
-            return _Stream(lambda data: _write(fd, data), array)
-        fd = self._open("output", path, os.O_RDWR)
-        return _Checkpoint(fd, os.path.realpath(path), self.places)
+            sys.stdout.flush()
+            try:
+                path = sys.stdout.fileno()
+            except OSError:  # a stream of Python's
+                return _Stream(sys.stdout.buffer.write, form)
+        if isinstance(path, str) and (os.path.isfile(path) or not os.path.exists(path)):
+            return _Checkpoint(self._open("output", path, mode | os.O_RDWR),
+                               os.path.realpath(path), self.options.skip_failed)
+        fd = self._open("output", path, mode | os.O_WRONLY)  # a pipe, a device, stdout
+        return _Stream(lambda data: _write(fd, data), form)
 
-    def _open(self, role: str, path: str, mode: int) -> int:
-        self._refuse_open(path, path)
-        self.files[role] = fd = os.open(path, mode | os.O_CREAT | os.O_APPEND, 0o666)
-        self.stack.callback(os.close, fd)
-        return fd
-
-    def _refuse_open(self, file: Union[str, int], name: str) -> None:
-        for role, fd in self.files.items():
+    def _open(self, role: str, file: Union[int, str], mode: int) -> int:
+        """A descriptor for a file that has no other role."""
+        for other, fd in self.files.items():
             if os.path.isfile(file) and os.path.samefile(file, fd):
-                raise ConfigurationError("%s is the %s" % (name, role))
+                raise ConfigurationError("the %s is the %s" % (role, other))
+        if isinstance(file, str):
+            file = os.open(file, mode, 0o666)
+            self.stack.callback(os.close, file)
+        self.files[role] = file
+        return file
 
     def _survey(self) -> int:
-        """Go through the whole input before anything is sent. Returns how many rows are bad."""
-        models: Dict[str, int] = collections.Counter()
-        bad = 0
-        for row in _rows(self.source, self.options):
-            self._meet(row)
-            models[str(row.body.get("model"))] += 1
-            bad += row.problem is not None
+        """Read the whole input before anything is sent. Returns how many are bad."""
+        bad = size = 0
+        for n in self.rows:
+            if n is None:
+                time.sleep(_TICK)
+                continue
+            row = self._meet(n)
             if row.problem and self.options.dry_run:
                 _say("%s: %s" % (row.id, row.problem))
-            if self.tally.bar and self.rows % 10000 == 0:
-                _say("%d rows read" % self.rows, passing=True)
-        if isinstance(self.sink, _Checkpoint) and self.sink.found:
-            found = self.sink.found
-            raise ConfigurationError("%s is of another input: no row asks for %r, nor for %d more"
-                                     % (self.sink.path, min(found), len(found) - 1))
+            elif row.problem and row.problem.code == "invalid_input":
+                raise ConfigurationError("%s: %s" % (row.id, row.problem))
+            bad += row.problem is not None
+            size += self.options.dry_run and len(str(row.body.get("messages", "")))
+            if self.screen.bar and n % 10000 == 9999:
+                _say("%d rows read" % (n + 1), "\x1b[K\r")
+        if self.sink.found:
+            raise ConfigurationError(
+                "%s is of another input: no row asks for %r, nor for %d more" % (
+                    self.sink.path, min(self.sink.found), len(self.sink.found) - 1))
         if self.options.dry_run:
-            _say("%d rows, %d bad; by model: %s" % (self.rows, bad, ", ".join(
-                "%s x %d" % pair for pair in models.items())))
-        elif not isinstance(self.source, list):
-            self.source.seek(0)
+            _say("%d rows, %d bad; by model: %s; %d answered already; %d characters" % (
+                len(self.todo), bad, ", ".join("%s x %d" % pair for pair in sorted(
+                    collections.Counter(self.models).items())), self.screen.kept, size))
         return bad
 
-    def _meet(self, row: _Row) -> None:
-        """Take note of a row of the input."""
-        self.rows = row.order + 1
-        if row.id in self.places:
-            raise ConfigurationError("line %d: the custom_id %r stands twice in the input"
-                                     % (row.line, row.id))
-        self.places[row.id] = self.sink.place(row) if isinstance(self.sink, _Checkpoint) else 0
-        self.tally.kept += self.places[row.id] > 0
+    def _meet(self, n: int) -> _Row:
+        """Take note of the next row."""
+        row = _row(self.input, n, self.options)
+        self.models.append(sys.intern(str(row.body.get("model"))))
+        self.todo.append(_NEW)
+        try:
+            self.todo[n] = self.sink.meet(row)
+            self.screen.kept += self.todo[n] == _DONE
+            if row.id in self.ids:
+                raise ConfigurationError("the custom_id %r stands twice" % row.id)
+        except ConfigurationError as problem:
+            problem.code = "invalid_input"
+            return row._replace(problem=problem)
+        self.ids.add(row.id)
+        return row
+
+    def _fill(self) -> bool:
+        """Ask rows while there is room. Returns whether a pipe may have more."""
+        try:
+            most = self.options.max_concurrency
+            while not self.reason and len(self.calls) < (
+                    2 * most if self.screen.answers else self.doubt.width(most)):
+                if self.is_reading:
+                    self._read()
+                n = self._next()
+                if n is None:
+                    break
+                self._ask(n, _row(self.input, n, self.options))
+        except (OSError, ConfigurationError) as fault:
+            if self.is_reading and not self.todo:
+                raise  # nothing was sent
+            self._stop("the input cannot be read on: %s" % fault)
+        return self.is_reading and not self.reason
 
     def _read(self) -> None:
-        problem = ""
-        try:
-            for row in _rows(self.source, self.options):
-                self.room.acquire()
-                self.space.acquire()
-                self.events.put((self._ask, row))
-        except (OSError, ValueError) as fault:
-            problem = "the input cannot be read: %s" % fault
-        self.events.put((self._read_all, problem))
-
-    def _read_all(self, problem: str) -> None:
-        self.reading = False
-        self._stop(problem)
-
-    def _ask(self, row: _Row) -> None:
-        if self.reason:
-            return
-        try:
-            if not self.known:
-                self._meet(row)
-            if self.places[row.id] > 0:
-                self.room.release()
-                self.space.release()
+        """Take from a pipe what is there, as far as there is room for it."""
+        room = self.options.max_concurrency * (16 if self.doubt.models else 2)
+        while self.todo.count(_NEW) < room and (
+                len(self.todo) < self.sink.written + 8 * room):
+            n = next(self.rows, -1)
+            self.is_reading = n != -1
+            if n is None or n < 0:
                 return
+            row = self._meet(n)
+            if row.problem:
+                self._ask(n, row)
+
+    def _next(self) -> Optional[int]:
+        """The next row to ask: new ones before those that failed in an earlier run, and
+        of models in doubt only samples. None: none for now."""
+        doubt = self.doubt
+        sample = doubt.sample(self.todo, self.models)
+        if sample is not None:
+            return sample
+        for state in (_NEW, _FAILED):
+            n = self.todo.find(state, self.cursors[state])
+            while n >= 0 and self.models[n] in doubt.models:
+                if self.models[n] in doubt.gone:
+                    self.todo[n] = _DONE
+                    self.sink.put(n, None, None)
+                n = self.todo.find(state, n + 1)
+            self.cursors[state] = n if n >= 0 else len(self.todo)
+            if n >= 0:
+                ahead = n - self.sink.written
+                return n if ahead < _AHEAD * self.options.max_concurrency else None
+            if self.is_reading:
+                return None
+        return None
+
+    def _ask(self, n: int, row: _Row) -> None:
+        self.todo[n] = _DONE
+        self.input.lines.pop(n, None)
+        try:
             if row.problem is not None:
                 raise row.problem
-            call = self.client.submit(_prompt(row.body), tag=row.id)
-        except ConfigurationError as problem:
+            call = self.client.submit(row.body, tag=row.id)
+        except Error as problem:
             call = Future()
             call.set_exception(problem)
-        self.calls[call] = row
+        self.calls[call] = n, row
         call.add_done_callback(lambda call: self.events.put((self._finish, call)))
 
     def _finish(self, call: Future) -> None:
-        row = self.calls.pop(call)
+        n, row = self.calls.pop(call)
         outcome: Any = call.exception() or call.result()
+        model, doubt = self.models[n], self.doubt
+        if isinstance(outcome, Completion):
+            is_changed = doubt.dismiss(model)
+        else:
+            if re.search(r"; come back at \d\d:\d\d$", str(outcome)):
+                self._stop(str(outcome))
+            is_changed = doubt.count(n, model, outcome, self.screen.is_reached)
+            if is_changed and len(doubt.gone) >= 3 and not self.screen.answers:
+                self._stop(doubt.gone[model])
+        if is_changed:
+            self.cursors = [0, 0, 0]  # rows that were passed over are looked at again
+        doubt.samples.discard(n)
         if self.reason and isinstance(outcome, Error) and (
                 outcome.retryable or outcome.code == "cancelled"):
             return  # left to the next run
-        self.room.release()
-        self._stop(self.tally.count(row, outcome))
-        for _ in range(self.sink.put(row, outcome)):
-            self.space.release()
+        self.screen.count(row, outcome)
+        self.sink.put(n, row, outcome)
 
     def _log(self, record: Record) -> None:
-        if self.joblog is not None:
+        self.screen.attempt(record, self.place)
+        most = self.options.max_tokens_total
+        if most is not None and self.screen.tokens > most:
+            self._stop("%d tokens were used" % self.screen.tokens)
+        if self.joblog:
             try:
                 _write(self.joblog, json.dumps(record._asdict()).encode() + b"\n")
             except OSError as fault:  # no reason to lose answers
                 _say("cometlimit: the job log cannot be written: %s" % fault)
                 self.joblog = None
 
-    def _on_signal(self, number: int, _: Any) -> None:
-        if self.signal:
-            os._exit(128 + number)  # the second one: what was received is written already
-        self.signal = number
-
     def _stop(self, reason: str) -> None:
-        """If there is a reason, send nothing more. What is in flight has some seconds left."""
-        if reason and not self.reason:
+        """Send nothing more. What is in flight has some seconds left."""
+        if not self.reason:
             self.reason, self.until = reason, time.monotonic() + _GRACE
             self.client.stop()
+            self.screen.due = time.monotonic() + _TICK
 
     def _look(self) -> None:
         """Do what is due by the clock."""
-        now, tally = time.monotonic(), self.tally
+        now, screen = time.monotonic(), self.screen
         if self.signal:
-            self._stop("signal %d" % self.signal)
-        if now - tally.began > self.options.deadline:
-            self._stop("its deadline has passed")
+            self._stop(signal.Signals(self.signal).name)
+        patience = _UNREACHED * self.client.max_delay
+        if screen.trouble and not screen.is_reached and now > screen.began + patience:
+            self._stop("the server was never reached: " + screen.trouble)
         if now > self.until:
+            self.until = math.inf
             self.client.close()
-        if not self.options.quiet and now - tally.shown >= (_TICK if tally.bar else _PLAIN):
-            tally.shown = now
-            _say(tally.progress(self.client), tally.bar)
+        if now > self.looked + 1.0:
+            self.looked = now
+            self.sink.look()
+        screen.draw(self.client, self.reason and "stopping: %d in flight, %.0f s" % (
+            len(self.calls), min(_GRACE, max(0.0, self.until - now))))
 
     def _end(self, lost: bool) -> int:
         """Say what became of the run, and return its exit status."""
-        tally = self.tally
-        done = tally.kept + tally.answers + tally.failures
-        left = bool(self.reason) and (lost or done != tally.total)
-        if not self.options.quiet and self.signal != _SIGPIPE:
-            if tally.bar:
-                _say("", passing=True)
-            _say("\n".join(tally.summary(self.client)))
-            if left:
-                _say("stopped: %s" % self.reason)
-            if (left or tally.failures) and isinstance(self.sink, _Checkpoint):
-                _say("to go on: python3 " + " ".join(map(shlex.quote, sys.argv)))
-        return 128 + self.signal if self.signal else 3 if left else int(tally.failures > 0)
+        screen, gone = self.screen, list(self.doubt.gone.values())
+        left = len(self.todo) - screen.kept - screen.answers - screen.failures
+        if left and gone and len(gone) == len(set(self.models)):
+            self.reason = self.reason or gone[0]
+        is_early = bool(self.reason) and (lost or left > 0 or self.is_reading)
+        is_quiet = self.options.quiet or self.signal == signal.SIGPIPE
+        if screen.bar:
+            _say("", "\x1b[K\r")
+        if not is_quiet and (self.options.form == "rows" or screen.total != 1):
+            _say("\n".join(screen.summary(self.client, self.sink, left)))
+        for reason in [self.reason] if is_early else gone:
+            if self.signal != signal.SIGPIPE:
+                _say("cometlimit: stopped: " + _in_our_words(reason))
+        if not is_quiet and (is_early or left or screen.failures) and isinstance(
+                self.sink, _Checkpoint):
+            words = ["the", "same", "command"] if self.options.headers else map(
+                shlex.quote, [sys.executable] + sys.argv)
+            _say("to go on: " + " ".join(words))
+        if self.signal:
+            return int(128 + self.signal)
+        is_lacking = left or screen.failures or self.sink.skipped
+        return 3 if is_early else 1 if is_lacking else 0
+
+
+class _Doubt:
+    """Whether failures are a row's own matter, or the model's, account's or server's.
+
+    A model is in doubt once five of its rows failed alike, no answer between, for a
+    reason that rows may share. Then only samples from all over the input are asked.
+    When these fail too, five or, if such failures may pass, fifty, its rows are left.
+    """
+
+    def __init__(self) -> None:
+        # By model, code, and whether it was a sample: failures since the last answer.
+        self.alike: Dict[Tuple[str, str, bool], int] = collections.Counter()
+        self.models: Set[str] = set()   # in doubt
+        self.samples: Set[int] = set()  # rows that are under way
+        self.gone: Dict[str, str] = {}  # models that were given up, and why
+        self.spot = 0
+
+    def count(self, n: int, model: str, error: Error, is_reached: bool) -> bool:
+        """A failure came. Returns whether the model is given up by it."""
+        if not (error.retryable or error.status_code in _SHARED
+                or isinstance(error, (APIConnectionError, APIResponseError))):
+            return False
+        is_sample = n in self.samples
+        key = model, _code(error), is_sample
+        self.alike[key] += 1
+        if not is_sample and self.alike[key] >= _ALIKE:
+            self.models.add(model)
+        if not is_sample or self.alike[key] < (
+                _PATIENCE if error.retryable and is_reached else _ALIKE):
+            return False
+        self.gone[model] = "rows of %s fail alike: %s" % (model, error)
+        return True
+
+    def dismiss(self, model: str) -> bool:
+        """An answer came. Returns whether the model was in doubt."""
+        for key in [key for key in self.alike if key[0] == model]:
+            del self.alike[key]
+        was_in_doubt = model in self.models
+        self.models.discard(model)
+        self.gone.pop(model, None)
+        return was_in_doubt
+
+    def width(self, most: int) -> int:
+        """The most rows under way before the first answer: fewer where some failed."""
+        least = min(_ALIKE, most) if self.models else 1
+        return max(least, most - sum(self.alike.values()))
+
+    def sample(self, todo: bytearray, models: List[str]) -> Optional[int]:
+        """A row, far from the last one, of a model in doubt; None: there are enough."""
+        for model in self.models - set(self.gone):
+            failed = sum(count for key, count in self.alike.items()
+                         if key[::2] == (model, True))
+            if len(self.samples) + failed % _ALIKE < _ALIKE:
+                self.spot = (self.spot + len(todo) * 61 // 99 + 1) % len(todo)
+                for n in itertools.chain(range(self.spot, len(todo)), range(self.spot)):
+                    if todo[n] and models[n] == model:
+                        self.samples.add(n)
+                        return n
+        return None
 
 
 def _demo(stack: contextlib.ExitStack) -> int:
-    """A run against a rate-limited server in this process."""
+    """Prompts to a rate-limited server in this process: a line a second, the sum."""
+    rate, prompts, began = 8, 40, time.monotonic()
+    server = _demo_server(rate)
+    stack.callback(server.server_close)
+    stack.callback(server.shutdown)
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    print("%d prompts, 20 at once, to a server that allows %d requests a second" % (
+        prompts, rate), flush=True)
+    client = Client(api_key="none", model="demo-model", max_concurrency=20,
+                    base_url="http://127.0.0.1:%d/v1" % server.server_address[1])
+    stack.callback(client.close)
+    calls = [client.submit("Hello %d." % n) for n in range(prompts)]
+    while not all(call.done() for call in calls):
+        time.sleep(1.0)
+        for stats in client.metrics.values():
+            print("%.0f s  %d answered, %d refused%s" % (
+                time.monotonic() - began, stats.answers, stats.statuses[429],
+                "  limit %.3g/s" % stats.rate if stats.rate else ""), flush=True)
+    lost = sum(call.exception() is not None for call in calls)
+    print("%s\n%d answered, %d lost, %.1f s" % (
+        client.metrics, prompts - lost, lost, time.monotonic() - began))
+    return int(lost > 0)
+
+
+def _demo_server(rate: int) -> Any:
     import socketserver
-    rate, prompts, lock, full = 8, 40, threading.Lock(), [0.0]  # when the bucket is full again
+    lock, full = threading.Lock(), [0.0]  # when the bucket is full again
 
     class Handler(socketserver.StreamRequestHandler):
         def handle(self) -> None:
             while self.rfile.readline():
-                size = int(http.client.parse_headers(self.rfile)["content-length"])
-                asked = json.loads(self.rfile.read(size).decode())["messages"][0]["content"]
-                status, value = 429, {"error": {"message": "slow down"}}  # type: int, Any
+                head = http.client.parse_headers(self.rfile)
+                self.rfile.read(int(head["content-length"]))
                 with lock:
                     soonest = max(full[0], time.monotonic()) + 1 / rate
-                    if soonest <= time.monotonic() + 1.0:
-                        status, full[0] = 200, soonest
-                if status == 200:
-                    time.sleep(0.3)
-                    value = {"choices": [{"message": {"content": "You said: " + asked}}],
-                             "usage": {"prompt_tokens": 6, "completion_tokens": 8}}
-                body = json.dumps(value).encode()
+                    is_allowed = soonest <= time.monotonic() + 1.0
+                    full[0] = soonest if is_allowed else full[0]
+                time.sleep(0.3 * is_allowed)
+                body = json.dumps({
+                    "choices": [{"message": {"content": "Hello."}}],
+                    "usage": {"prompt_tokens": 6, "completion_tokens": 8}}).encode()
                 self.wfile.write(b"HTTP/1.1 %d -\r\nContent-Length: %d\r\n\r\n%s" % (
-                    status, len(body), body))
+                    200 if is_allowed else 429, len(body), body))
 
-    server = socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler)
-    stack.callback(server.server_close)
-    stack.callback(server.shutdown)
-    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-    print("%d prompts, 20 at once, to a server that allows %d requests a second" % (prompts, rate),
-          flush=True)
-    options = _options(["--demo", "-m", "demo-model", "-c", "20", "-o", os.devnull, "--base-url",
-                        "http://127.0.0.1:%d/v1" % server.server_address[1]]
-                       + ["Hello %d." % n for n in range(prompts)])
-    job = _Job(options, stack)
-    status = job.run()
-    for stats in job.client.metrics.values():
-        print("answered: %d, refused on the way: %d, lost: %d" % (
-            stats.answers, stats.statuses[429], prompts - stats.answers))
-    return status
+    return socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler)
 
 
 if __name__ == "__main__":
@@ -2756,17 +2995,19 @@ if __name__ == "__main__":
 #
 # Copyright (c) 2026 the cometlimit authors
 #
-# Permission is hereby granted, free of charge, to any person obtaining a copy of this software and
-# associated documentation files (the "Software"), to deal in the Software without restriction,
-# including without limitation the rights to use, copy, modify, merge, publish, distribute,
-# sublicense, and/or sell copies of the Software, and to permit persons to whom the Software is
-# furnished to do so, subject to the following conditions:
+# Permission is hereby granted, free of charge, to any person obtaining a copy of this
+# software and associated documentation files (the "Software"), to deal in the Software
+# without restriction, including without limitation the rights to use, copy, modify,
+# merge, publish, distribute, sublicense, and/or sell copies of the Software, and to
+# permit persons to whom the Software is furnished to do so, subject to the following
+# conditions:
 #
-# The above copyright notice and this permission notice shall be included in all copies or
-# substantial portions of the Software.
+# The above copyright notice and this permission notice shall be included in all copies
+# or substantial portions of the Software.
 #
-# THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING BUT
-# NOT LIMITED TO THE WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND
-# NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS OR COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM,
-# DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM, OUT
-# OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
+# THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED,
+# INCLUDING BUT NOT LIMITED TO THE WARRANTIES OF MERCHANTABILITY, FITNESS FOR A
+# PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS OR COPYRIGHT
+# HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF
+# CONTRACT, TORT OR OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE
+# OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.

@@ -1,19 +1,23 @@
 """What cometlimit promises, one class per promise. Nothing here leaves the machine.
 
-Time and chance are replaced: a wait moves a clock that all share, so hardly any test sleeps.
+Time and chance are replaced: a wait moves a clock that all share, so hardly any test sleeps. Where
+several calls wait, each its own time, the clock is the real one made fast.
 """
 import asyncio
 import collections
 import concurrent.futures
 import contextlib
 import copy
+import errno
 import gc
+import gzip
 import heapq
 import inspect
 import io
 import itertools
 import json
 import logging
+import lzma
 import math
 import os
 import pickle
@@ -39,6 +43,7 @@ import unittest.mock
 import urllib.parse
 import urllib.request
 import warnings
+import zlib
 import weakref
 
 import cometlimit
@@ -156,7 +161,7 @@ class Listener:
 
     def __enter__(self):
         self.sockets, self.threads, self.faults, self.connections = [], [], [], 0
-        self.lock, self.ending, self.listener = threading.Lock(), False, socket.socket()
+        self.ending, self.listener = False, socket.socket()
         self.listener.bind(("127.0.0.1", 0))
         self.listener.listen(128)
         self.port = self.listener.getsockname()[1]
@@ -186,9 +191,6 @@ class Listener:
         sock.settimeout(TIMEOUT)
         self.sockets.append(sock)
         return sock
-
-    def serve(self, sock, number):
-        raise NotImplementedError
 
     def __exit__(self, kind, *_):
         self.ending = True
@@ -415,6 +417,13 @@ class Case(unittest.TestCase):
         self.addCleanup(client.close)
         return client
 
+    def slow(self, line, seconds=0.5):
+        """A line of a script that takes so many seconds of the clock."""
+        def step(request):
+            self.now += seconds
+            return line
+        return step
+
     def outcome(self, *script, **options):
         """What becomes of one prompt: a Completion or an Error, once the script is played."""
         self.waits.clear()
@@ -479,19 +488,21 @@ class Names(Case):
             headers=None, ca_file=None, allow_http=False, on_record=None))
         self.assertTrue(all(value.kind is value.KEYWORD_ONLY for value in
                             inspect.signature(client).parameters.values()))
-        for method in (client.ask, client.complete):
-            self.assertEqual(parameters(method), dict(prompt=empty, params=empty))
-        self.assertEqual(parameters(client.submit), dict(prompt=empty, tag=None, params=empty))
-        for function, rest in ((client.map, "params"), (cometlimit.ask_all, "options_and_params")):
-            self.assertEqual(parameters(function), {
-                "prompts": empty, "return_exceptions": False, rest: empty})
-        self.assertEqual(list(parameters(cometlimit.backoff).items())[:3], [
-            ("attempt", empty), ("retry_after", None), ("max_delay", 30.0)])
-        self.assertEqual(list(parameters(cometlimit.Throttle)), ["max_delay", "random"])
-        self.assertEqual(" ".join(cometlimit.Completion._fields), "text model finish_reason usage"
-                         " request_id attempts latency body")
-        self.assertEqual(" ".join(cometlimit.Record._fields), "time route model status latency"
-                         " attempt waited request_id error prompt_tokens completion_tokens tag")
+        one, many = {"prompt": empty, "params": empty}, {"prompts": empty}
+        for function, expected in (
+                (client.ask, one), (client.complete, one), (client.submit, dict(one, tag=None)),
+                (client.map, dict(many, return_exceptions=False, params=empty)),
+                (cometlimit.ask_all, dict(many, return_exceptions=False,
+                                          options_and_params=empty))):
+            self.assertEqual(parameters(function), expected)
+        for thing, names in (
+                (parameters(cometlimit.backoff), "attempt retry_after max_delay random"),
+                (parameters(cometlimit.Throttle), "max_delay random"),
+                (cometlimit.Completion._fields, "text model finish_reason usage request_id "
+                 "attempts latency body"),
+                (cometlimit.Record._fields, "time route model status latency attempt waited "
+                 "request_id error prompt_tokens completion_tokens tag")):
+            self.assertEqual(" ".join(thing), names)
 
     def test_cost_nothing_to_import(self):
         """Importing opens nothing, starts nothing, and reads no environment."""
@@ -559,53 +570,37 @@ class OneQuestion(Case):
     """ask, complete and submit."""
 
     def test_is_posted_as_a_chat_completion(self):
-        """The request is a POST of JSON with the key as a bearer and a User-Agent of its own."""
-        with Server(reply("yes")) as server, self.client(server) as client:
+        """With the key as a bearer and a User-Agent of its own. A prompt is a text, messages, or a
+        body whose fields win over parameters and options."""
+        talk = [{"role": "system", "content": "Be brief."},
+                {"role": "user", "content": [{"type": "text", "text": "Hi"}]}]
+        body = {"messages": talk, "model": "own", "temperature": 1}
+        with Server(*[reply("yes")] * 4) as server, self.client(server) as client:
             self.assertEqual(client.ask("Hi", temperature=0, stop=["é"], model="n"), "yes")
+            client.ask(talk)
+            client.ask(body, model="n", temperature=0, seed=7, stream=False)
+            list(client.map([body], seed=8))
+        self.assertEqual([request.body for request in server.requests], [
+            {"model": "n", "temperature": 0, "stop": ["é"],
+             "messages": [{"role": "user", "content": "Hi"}]},
+            {"messages": talk, "model": "m"}, dict(body, seed=7), dict(body, seed=8)])
         request = server.requests[0]
         self.assertEqual((request.method, request.path), ("POST", "/v1/chat/completions"))
-        self.assertEqual(request.body, {"model": "n", "temperature": 0, "stop": ["é"],
-                                        "messages": [{"role": "user", "content": "Hi"}]})
         expected = {"authorization": "Bearer " + KEY, "content-type": "application/json",
                     "host": "127.0.0.1:%d" % server.port,
                     "user-agent": "cometlimit/" + cometlimit.__version__}
         self.assertEqual({name: request.headers[name] for name in expected}, expected)
 
-    def test_may_be_a_conversation_or_a_body(self):
-        """Messages go out as they are; the fields of a dict win over parameters and options."""
-        talk = [{"role": "system", "content": "Be brief."},
-                {"role": "user", "content": [{"type": "text", "text": "Hi"}]}]
-        body = {"messages": talk, "model": "own", "temperature": 1}
-        with Server(*[reply("yes")] * 3) as server, self.client(server) as client:
-            client.ask(talk)
-            client.ask(body, model="n", temperature=0, seed=7, stream=False)
-            list(client.map([body], seed=8))
-        self.assertEqual([request.body for request in server.requests], [
-            {"messages": talk, "model": "m"}, dict(body, seed=7), dict(body, seed=8)])
-
     def test_is_answered_by_a_completion(self):
         """It holds what the answer said and took; without content it has an empty text."""
-        def slow(request):
-            self.now += 2.5
-            return reply("yes", {"x-cometapi-request-id": "r1"}, id="c1")
-        done = self.outcome(status(503), slow)
+        done = self.outcome(status(503), self.slow(
+            reply("yes", {"x-cometapi-request-id": "r1"}, id="c1")))
         self.assertEqual(done[:-1], ("yes", "m-2024", "stop", {
-            "prompt_tokens": 2, "completion_tokens": 3}, "r1", 2, 2.5))
+            "prompt_tokens": 2, "completion_tokens": 3}, "r1", 2, 0.5))
         self.assertEqual(done.body["id"], "c1")
         for message in ({"content": None, "tool_calls": [{}]}, {}):
             done = self.outcome(reply("", choices=[{"message": message, "finish_reason": "x"}]))
             self.assertEqual((done.text, done.finish_reason), ("", "x"))
-
-    def test_does_without_a_kept_connection(self):
-        """A connection is kept; that a server closes it, announced or not, costs no attempt."""
-        for count, line in (
-                (1, reply("a")), (2, close_idle(reply("a", {"Connection": "close"}))),
-                (2, close_idle(reply("a"))), (2, raw(
-                    b'HTTP/1.0 200 OK\r\n\r\n{"choices": [{"message": {"content": "a"}}]}'))):
-            with self.subTest(count=count), Server(line, reply("b")) as server:
-                with self.client(server, max_retries=0) as client:
-                    self.assertEqual([client.ask("Hi"), client.ask("Hi")], ["a", "b"])
-                self.assertEqual(server.connections, count)
 
     def test_is_sent_again_on_a_kept_connection_that_died(self):
         """Once, as the same attempt, with a Record of its own: the server may charge for both. A
@@ -635,7 +630,9 @@ class OneQuestion(Case):
                 with self.assertRaises(asyncio.TimeoutError):
                     loop.run_until_complete(ask(0.1))
                 self.assertTrue(gone.wait(TIMEOUT))
-                self.assertEqual(client.submit("Hi").result(TIMEOUT).text, "next")
+                future = client.submit("Hi")
+                self.assertIsInstance(future, concurrent.futures.Future)
+                self.assertEqual(future.result(TIMEOUT).text, "next")
         self.assertEqual([(record.status, record.attempt) for record in records],
                          [(200, 1), (None, 1), (200, 1)])
 
@@ -643,16 +640,13 @@ class OneQuestion(Case):
         """In the line it is not sent, nor at the last moment; nobody waits for it in vain."""
         gate, ran, late = threading.Event(), [], []
 
-        def first(request):
-            gate.wait(TIMEOUT)
-            return reply("a")
-
         def leave(*args, **named):
             self.until(lambda: late)
             late[0].cancel()
             return leaves(*args, **named)
         leaves = urllib.request.OpenerDirector.open
-        with Server(first, reply("b")) as server, self.client(server) as client:
+        with Server(lambda _: gate.wait(TIMEOUT) and reply("a"), reply("b")) as server, \
+                self.client(server) as client:
             calls = [client.submit("a")]
             server.await_requests(1)
             calls += [client.submit("x"), client.submit("b")]
@@ -719,11 +713,9 @@ class AnEndpoint(Case):
     def test_needs_no_key_over_http(self):
         """Which goes to this machine or, with allow_http=True, to any other."""
         with Server(reply("yes"), reply("yes")) as server:
-            for host in ("127.0.0.1", "0.0.0.0"):
-                url = server.url.replace("127.0.0.1", host)
+            for url in (server.url, server.url.replace("127.0.0.1", "0.0.0.0")):
                 self.client(server, api_key=None, base_url=url).ask("Hi")
-        for request in server.requests:
-            self.assertNotIn("authorization", request.headers)
+        self.assertFalse([1 for request in server.requests if "authorization" in request.headers])
         url = "http://gpu7:8000/v1"
         self.assertEqual(cometlimit.Client(base_url=url, allow_http=True).base_url, url)
 
@@ -731,21 +723,29 @@ class AnEndpoint(Case):
 class ManyQuestions(Case):
     """map and ask_all."""
 
-    def test_are_answered_in_order(self):
-        """Whatever fails or overtakes, the answers come in the prompts' order."""
+    def test_are_answered_in_order_by_no_more_than_max_concurrency(self):
+        """Whatever fails or overtakes, answers come in the prompts' order; the server never sees
+        one request more in flight than allowed, retries included."""
         self.fast_clock()
-        failed = set()
-
-        def line(request):
-            number = int(request.prompt)
-            if number % 3 == 0 and number not in failed:
-                failed.add(number)
-                return status((429, 503)[number % 2], headers={"Retry-After": "1"})
-            return reply_echo(request)
         prompts = [str(number) for number in range(60)]
-        with Server(forever=line) as server, self.client(server, max_concurrency=4) as client:
-            self.assertEqual([done.text for done in client.map(prompts)], prompts)
-        self.assertEqual(len(server.requests), 80)
+        for bound in (1, 3):
+            gate, failed = threading.Barrier(bound), set()
+
+            def line(request):
+                if len(server.requests) <= bound:
+                    gate.wait(TIMEOUT)   # all of them are here
+                    time.sleep(0.05)     # room for one too many
+                number = int(request.prompt)
+                if number % 3 or number in failed:
+                    return reply_echo(request)
+                failed.add(number)
+                return status(429, headers={"Retry-After": "1"}) if number % 2 else cut_short()
+            with self.subTest(bound=bound), Server(forever=line) as server:
+                with self.client(server, max_concurrency=bound) as client:
+                    done = list(client.map(prompts))
+                self.assertEqual([one.text for one in done], prompts)
+                self.assertEqual([one.attempts for one in done], [2, 1, 1] * 20)
+                self.assertEqual(server.peak, bound)
 
     def test_may_be_asked_in_one_line(self):
         """ask_all takes a Client's options, and hands all else on; failures may be values."""
@@ -760,30 +760,16 @@ class ManyQuestions(Case):
             with self.assertRaises(cometlimit.APIStatusError):
                 cometlimit.ask_all(["bad", "a"], **options)
 
-    def test_are_never_more_than_max_concurrency_at_once(self):
-        """The server never sees one more in flight, retries included."""
-        self.fast_clock()
-        for bound in (1, 3):
-            gate, failed = threading.Barrier(bound), set()
-
-            def line(request):
-                if len(server.requests) <= bound:
-                    gate.wait(TIMEOUT)   # all of them are here
-                    time.sleep(0.05)     # room for one too many
-                if request.prompt in failed:
-                    return reply_echo(request)
-                failed.add(request.prompt)
-                return status(429) if int(request.prompt) % 2 else cut_short()
-            with self.subTest(bound=bound), Server(forever=line) as server:
-                with self.client(server, max_concurrency=bound) as client:
-                    done = list(client.map(str(number) for number in range(12)))
-                self.assertEqual([call.attempts for call in done], [2] * 12)
-                self.assertEqual(server.peak, bound)
-
     def test_may_be_endless(self):
-        """Of an endless source only 16 x max_concurrency prompts are taken ahead, and an answer
-        whose turn it is does not wait for another prompt."""
-        taken = []
+        """Of an endless source only 16 x max_concurrency prompts are taken ahead of a slow answer,
+        one whose turn it is does not wait for another prompt, and what was yielded is forgotten."""
+        taken, done = [], reply("x" * 50000)
+
+        def line(request):
+            if request.prompt == "100":
+                self.until(lambda: len(taken) >= 130)
+                time.sleep(0.05)  # room for more
+            return done
 
         def source():
             for number in itertools.count():
@@ -791,18 +777,23 @@ class ManyQuestions(Case):
                     server.await_requests(4)  # so the first answer is there
                 taken.append(number)
                 yield str(number)
-        with Server(forever=reply_echo) as server:
+        with Server(forever=line) as server:
             with self.client(server, max_concurrency=2) as client:
                 answers = client.map(source())
                 self.assertEqual(taken, [])
-                for number in range(50):
-                    self.assertEqual(next(answers).text, str(number))
+                gc.collect()
+                tracemalloc.start()
+                self.addCleanup(tracemalloc.stop)
+                for number in range(300):
+                    next(answers)
                     self.assertLessEqual(len(taken), number + 1 + (32 if number else 8))
+                self.assertLess(tracemalloc.get_traced_memory()[1], 50000 * 300 / 3)
                 answers.close()
 
     def test_stop_when_their_loop_is_left(self):
-        """Nothing more is sent, what is in flight is hung up on, and the client lives on."""
-        gone = [threading.Event() for _ in range(3)]
+        """Nothing more is sent, what is in flight is hung up on, and the client lives on. No more
+        than 2 x max_concurrency prompts without an outcome had been taken."""
+        gone, taken = [threading.Event() for _ in range(3)], itertools.count()
 
         def line(request):
             if request.prompt == "0":  # an answer earlier than the next prompts would be yielded
@@ -811,8 +802,9 @@ class ManyQuestions(Case):
                 stall(gone[int(request.prompt) - 1]))
         with Server(forever=line) as server:
             with self.client(server, max_concurrency=3) as client:
-                for _ in client.map(str(number) for number in itertools.count()):
+                for _ in client.map(str(number) for number in taken):
                     break
+                self.assertLessEqual(next(taken), 2 * 3 + 1)
                 for event in gone[:2]:
                     self.assertTrue(event.wait(TIMEOUT))
                 self.assertEqual(client.ask("after"), "after")
@@ -840,35 +832,21 @@ class ManyQuestions(Case):
                             got.append(getattr(done, "text", type(done)))
             self.assertEqual(got, expected)
 
-    def test_take_constant_memory(self):
-        """What has been yielded is forgotten."""
-        line, count = reply("x" * 50000), 300
-        with Server(forever=lambda _: line) as server, self.client(server) as client:
-            answers = client.map(map(str, itertools.count()))
-            next(answers)
-            gc.collect()
-            tracemalloc.start()
-            try:
-                for _ in range(count):
-                    next(answers)
-                peak = tracemalloc.get_traced_memory()[1]
-            finally:
-                tracemalloc.stop()
-                answers.close()
-        self.assertLess(peak, 50000 * count / 4)
-
     def test_may_come_from_many_threads(self):
-        """A client is shared by threads, and a callback may submit."""
+        """A client is shared by threads, and a callback may submit; the end of the with block waits
+        for all answers, and until the last callback has run to its end."""
+        self.fast_clock()
         texts, lock = [], threading.Lock()
 
         def note(call):
+            time.sleep(0.1 if call.result().text == "f4'" else 0.0)
             with lock:
                 texts.append(call.result().text)
 
         def again(call):
-            note(call)
             client.submit(call.result().text + "'").add_done_callback(note)
-        with Server(forever=reply_echo) as server:
+            note(call)
+        with Server(status(503), forever=reply_echo) as server:
             with self.client(server, max_concurrency=3) as client:
                 threads = [threading.Thread(target=lambda name=name: [
                     client.submit(name + str(number)).add_done_callback(again)
@@ -877,9 +855,8 @@ class ManyQuestions(Case):
                     thread.start()
                 for thread in threads:
                     thread.join(TIMEOUT)
-        expected = [name + str(number) for name in "abcdef" for number in range(5)]
-        self.assertEqual(sorted(texts), sorted(expected + [text + "'" for text in expected]))
-        self.assertLessEqual(server.peak, 3)
+            expected = [name + str(number) for name in "abcdef" for number in range(5)]
+            self.assertEqual(sorted(texts), sorted(expected + [text + "'" for text in expected]))
 
 
 class AFailure(Case):
@@ -895,82 +872,50 @@ class AFailure(Case):
 
     def test_is_judged_by_its_status(self):
         """Each status of the table is tried again, no other one is."""
-        for code in sorted(RETRIED) + list(GIVEN_UP):
+        retried = RETRIED | {498}  # Groq's
+        for code in sorted(retried | set(GIVEN_UP)):
             with self.subTest(code=code):
-                self.check(code in RETRIED, status(code, headers={"Location": "/v1/other"}))
+                self.check(code in retried, status(code, headers={"Location": "/v1/other"}))
 
-    def test_is_permanent_by_its_body_whatever_its_status(self):
-        """A permanent code or type, in any case of letters, ends it at once."""
-        statuses = itertools.cycle((200, 429, 500, 503))
-        for word in sorted(set(PERMANENT) | cometlimit.PERMANENT):
-            for words in ({"code": word}, {"code": "", "type": word}, {"code": word.upper()}):
-                with self.subTest(**words):
-                    self.check(False, failure(number=next(statuses), **dict({"code": ""}, **words)))
+    def test_is_judged_by_its_meaning(self):
+        """One of each kind, all the way: the tables are below."""
+        half = {"message": {"content": "half"}, "finish_reason": "error"}
+        for again, line in (
+                (False, failure("model_not_found", 503)), (False, failure("quota_exceeded", 429)),
+                (True, failure("", 429, type="invalid_request_error")),
+                (False, failure("x", 429, message="Limit 10, Requested 20")),
+                (True, status(400, headers={"x-should-retry": "true"})),
+                (True, status(200, {"base_resp": {"status_code": 1002}})),
+                (True, hang_up()), (True, reset()), (True, cut_short()), (True, cut_short(503)),
+                (True, status(200, {"choices": [half]})), (True, status(200, {"choices": []})),
+                (False, status(200, "<html>hi</html>")), (True, cut_short(body=b"<html>"))):
+            with self.subTest(again=again, line=line):
+                self.check(again, line)
+        self.assertEqual(self.outcome(*[status(200, {"choices": []})] * 2).attempts, 2)
 
-    def test_is_judged_as_the_gateway_means_it(self):
-        """The rows of the gateway's own table."""
-        for number, code, again in (
-                (401, "", False), (403, "insufficient_user_quota", False), (403, "", False),
-                (403, "pre_consume_token_quota_failed", False), (400, "", False),
-                (500, "invalid_request", False), (500, "sensitive_words_detected", False),
-                (413, "read_request_body_failed", False), (503, "model_not_found", False),
-                (500, "get_channel_failed", True), (500, "do_request_failed", True),
-                (500, "rate_limit_check_failed", True), (500, "new_api_panic", True),
-                (404, "invalid_request_error", False), (501, "api_not_implemented", False),
-                (429, "upstream_error", True), (429, None, True), (429, 1302, True),
-                (503, "", True), (529, "overloaded_error", True)):
-            with self.subTest(number=number, code=code):
-                self.check(again, failure(code, number))
-        for param, again in (("429", True), ("503", True), ("400", False), ("", True)):
-            with self.subTest(param=param):
-                self.check(again, failure("bad_response_status_code", 500, param=param))
-
-    def test_is_judged_as_the_server_says(self):
-        """x-should-retry decides, if it is exactly true or false."""
-        for code, said, again in ((400, "true", True), (400, "True", False), (400, "1", False),
-                                  (429, "false", False), (503, "false", False),
-                                  (503, "False", True), (429, "true", True)):
-            with self.subTest(code=code, said=said):
-                self.check(again, status(code, headers={"x-should-retry": said}))
-
-    def test_may_hide_in_a_200(self):
-        """A 2xx without a completion is a failure; it may pass where it is no answer at all."""
-        choices = [{"message": {"content": "no"}}]
-        for body, again in (
-                ("", True), ("<html>hi</html>", True), ('{"choices": [', True), ("\xff", True),
-                ('{"choices": [{"message": {"content": "no"}}], "x": NaN}', True),
-                ({"error": {"code": 429}}, True), ({"error": {"code": "503"}}, True),
-                ({"error": {"code": 400}}, False), ({"error": {"code": 401}}, False),
-                ({"error": {"message": "busy"}, "choices": choices}, True),
-                ({"error": "busy"}, True), ({"error": {"code": "insufficient_quota"}}, False),
-                ({"error": {"type": "invalid_request_error"}}, False),
-                ({"choices": []}, False), ({"choices": None}, False), ({}, False), ([], False),
-                ({"choices": [{}]}, False)):
-            with self.subTest(body=body):
-                error = self.check(again, status(200, body))
-                self.assertTrue(again or type(error) is cometlimit.APIResponseError)
-
-    def test_of_the_connection_may_pass(self):
-        """A hang-up, a reset, a cut-off body: tried again, and told apart from an answer."""
-        for line in (hang_up(), reset(), cut_short(), raw(b"HTTP/1.1 200 OK\r\nConte"),
-                     raw(b"nonsense\r\n\r\n"), cut_short(503)):
-            with self.subTest():
-                self.check(True, line)
-        with Server() as server:
-            pass
-        with self.assertRaises(cometlimit.APIConnectionError) as caught:
-            self.client(server, max_retries=2).ask("Hi")
-        self.assertEqual(caught.exception.attempts, 3)
+    def test_of_money_is_doubted_after_an_answer(self):
+        """Some throttles say so for a second or two: within a minute of an answer."""
+        money = failure("insufficient_quota", 429)
+        for seconds, texts in ((59.0, ["one", "two"]), (61.0, ["one", None])):
+            with Server(reply("one"), money, *[reply("two")] * (seconds < 60)) as server:
+                client, found = self.client(server), []
+                for _ in range(2):
+                    try:
+                        found.append(client.ask("Hi"))
+                    except cometlimit.RateLimitError as error:
+                        found.append(error.retryable or None)
+                    self.now += seconds
+                with self.subTest(seconds=seconds):
+                    self.assertEqual(found, texts)
 
     def test_ends_after_max_retries(self):
         """attempts = max_retries + 1, 5 by default, with a Record of each."""
         for options, attempts in (({}, 5), ({"max_retries": 0}, 1), ({"max_retries": 2}, 3)):
             with self.subTest(**options):
                 error = self.outcome(*[status(503)] * attempts, **options)
-                self.assertEqual((error.attempts, len(error.records)), (attempts, attempts))
                 self.assertEqual([record.attempt for record in error.records],
                                  list(range(1, attempts + 1)))
-                self.assertTrue(error.retryable)
+                self.assertEqual((error.attempts, error.retryable), (attempts, True))
 
     def test_says_what_happened(self):
         """Each class has its text, with the server's words, and its details."""
@@ -980,24 +925,24 @@ class AFailure(Case):
         self.assert_error(error, cometlimit.RateLimitError,
                           "HTTP 429 rate_limit_exceeded: " + said["message"], status_code=429,
                           retry_after=7.0, request_id="b", body={"error": said}, attempts=1, **said)
-        error = self.outcome(status(401, {"error": {"message": "No", "code": 7}},
-                                    {"x-request-id": "q", "x-oneapi-request-id": "r"}))
-        self.assert_error(error, cometlimit.APIStatusError, "HTTP 401 7: No", status_code=401,
-                          code="7", message="No", type=None, param=None, request_id="q")
+        page = "a web page from %s/chat/completions: check the base URL (is /v1 missing?): "
+        refused, nothing = cometlimit.APIStatusError, cometlimit.APIResponseError
         for line, kind, text in (
-                (status(500), cometlimit.APIStatusError, "HTTP 500: an empty body"),
-                (status(502, "<h1>Bad\n gateway</h1>"), cometlimit.APIStatusError,
-                 "HTTP 502: <h1>Bad gateway</h1>"),
-                (status(302, headers={"Location": "http://127.0.0.1:1/"}),
-                 cometlimit.APIStatusError,
-                 "HTTP 302: a redirect, which is not followed: check the base URL"),
-                (status(200, "<html>"), cometlimit.APIResponseError, "HTTP 200: <html>"),
-                (hang_up(), cometlimit.APIConnectionError, "no whole answer. RemoteDisconnected: "
-                 "Remote end closed connection without response"),
-                (stall(), cometlimit.APITimeoutError, "no answer in time")):
-            with self.subTest(text=text):
-                self.assert_error(self.outcome(line, max_retries=0, timeout=0.1), kind, text,
-                                  retry_after=None, attempts=1)
+                (status(500), refused, "500: an empty body"), (status(200), nothing,
+                                                               "200: an empty body"),
+                (status(502, "<h1>Bad\n gateway</h1>"), refused, "502: <h1>Bad gateway</h1>"),
+                (status(302, headers={"Location": "http://127.0.0.1:1/"}), refused,
+                 "302: a redirect, which is not followed: check the base URL"),
+                (status(200, "<html>"), nothing, "200: " + page + "<html>"),
+                (status(200, "hi", {"Content-Type": "text/html"}), nothing, "200: " + page + "hi"),
+                (status(200, {}), nothing, "200: an answer without choices: {}"),
+                (status(200, "data: [DONE]\n\n"), nothing,
+                 "200: a stream without a finish_reason: data: [DONE]")):
+            with self.subTest(text=text), Server(line) as server:
+                with self.assertRaises(cometlimit.Error) as caught:
+                    self.client(server, max_retries=0).ask("Hi")
+                self.assert_error(caught.exception, kind, "HTTP " + text.replace(
+                    "%s", server.url), retry_after=None, attempts=1)
 
 
 class AWait(Case):
@@ -1017,9 +962,8 @@ class AWait(Case):
             with self.subTest(hint=hint):
                 self.assertEqual(cometlimit.backoff(1, hint, 30.0, lambda: 0.0), low)
                 self.assertEqual(cometlimit.backoff(1, hint, 30.0, lambda: 1.0), high)
-        for most in (0.001, 1, 2.5, 1000):
-            for attempt, hint in itertools.product((1, 3, 9, 99), (None, 0.5, 5, 1e9)):
-                self.assertLessEqual(cometlimit.backoff(attempt, hint, most, lambda: 1.0), most)
+        for most, hint in itertools.product((0.001, 1, 2.5, 1000), (None, 0.5, 5, 1e9)):
+            self.assertLessEqual(cometlimit.backoff(9, hint, most, lambda: 1.0), most)
 
     def test_is_kept_by_the_client(self):
         """One prompt waits exactly its backoff, cut at max_delay."""
@@ -1030,95 +974,506 @@ class AWait(Case):
                 self.assertEqual(error.attempts, len(waits) + 1)
                 self.assertEqual([round(wait, 6) for wait in self.waits], waits)
 
-    def hints(self, table, start, **options):
-        """For each row (headers, asked, wait): what an answer with them asks for, and gets. A
-        clock that is wrong by an hour changes nothing where the answer tells its Date."""
-        for headers, asked, wait in table:
-            if isinstance(headers, (str, bytes)):
-                headers = [("Retry-After", headers)]
-            for code, skew in ((429, None), (503, 0.0), (500, 3600.0), (429, -3600.0)):
-                date = [] if skew is None else [("Date", cometlimit.email.utils.formatdate(
-                    start, usegmt=True))]
-                self.wall = start + (skew or 0.0)
-                with self.subTest(headers=headers, code=code, skew=skew):
-                    error = self.outcome(*[status(code, headers=headers + date)] * 2,
-                                         **dict({"max_retries": 1}, **options))
-                    self.assertEqual((error.retry_after, [round(w, 6) for w in self.waits]),
-                                     (asked, [wait]))
+    def test_is_what_the_server_asks_for(self):
+        """In a header or in words, cut at max_delay where the attempts left can outwait it."""
+        slow = {"error": {"message": "Please try again in 7s."}}
+        for body, headers, wait in (("", {}, 1.0), ("", {"Retry-After": "20"}, 20.25),
+                                    ("", {"retry-after-ms": "5500"}, 5.75), (slow, {}, 7.25),
+                                    (slow, {"Retry-After": "9"}, 9.25),
+                                    ("", {"Retry-After": "30"}, 30.0),
+                                    ("", {"Retry-After": "59"}, 30.0)):
+            with self.subTest(body=body, headers=headers):
+                done = self.outcome(status(429, body, headers), reply("yes"), max_retries=2)
+                self.assertEqual((done.text, [round(w, 6) for w in self.waits]), ("yes", [wait]))
 
-    def test_obeys_retry_after_as_openai_does(self):
-        """The rows of its test; beyond max_delay the wait is cut, not refused."""
-        day = "Fri, 29 Sep 2023 "
-        self.hints((("20", 20.0, 20.25), ("0", None, 1.0), ("-10", None, 1.0), ("60", 60.0, 30.0),
-                    ("61", 61.0, 30.0), ("120", 120.0, 30.0), ("121", 121.0, 30.0),
-                    (day + "16:26:57 GMT", 20.0, 20.25), (day + "16:26:37 GMT", None, 1.0),
-                    (day + "16:26:27 GMT", None, 1.0), (day + "16:27:37 GMT", 60.0, 30.0),
-                    (day + "16:27:38 GMT", 61.0, 30.0), (day + "16:28:37 GMT", 120.0, 30.0),
-                    (day + "16:28:38 GMT", 121.0, 30.0), ("9" * 35, float("9" * 35), 30.0),
-                    ("inf", None, 1.0), ("nan", None, 1.0),
-                    ("Zun, 29 Sep 2023 16:26:27 GMT", None, 1.0),
-                    ("Fri, 29 Sep 100000 16:26:57 GMT", None, 1.0), ("", None, 1.0),
-                    ([("retry-after-ms", "120000")], 120.0, 30.0),
-                    ([("retry-after-ms", "120001")], 120.001, 30.0)), self.START)
-        error = self.outcome(*[status(429, headers={"Retry-After": ""})] * 4, max_retries=3)
-        self.assertEqual((error.attempts, self.waits[0]), (4, 1.0))
-        error = self.outcome(status(400, headers={
-            "Retry-After": "Fri, 29 Sep 100000 16:26:57 GMT"}))
-        self.assertEqual((error.status_code, error.attempts), (400, 1))
+    def test_is_none_where_it_would_be_in_vain(self):
+        """A wish beyond what all attempts left can wait fails at once, and names the hour."""
+        for asked, options, attempts in (
+                ("61", {"max_retries": 2}, 1), ("59", {"max_retries": 2}, 3), ("121", {}, 1),
+                ("3", {"max_delay": 1, "max_retries": 2}, 1), ("27780", {}, 1),
+                ("31", {"max_retries": 0}, 1)):
+            lines = [status(429, "slow", {"Retry-After": asked})] + [status(429)] * (attempts - 1)
+            with self.subTest(asked=asked, **options):
+                error = self.outcome(*lines, **options)
+                self.assertEqual((error.attempts, error.retryable), (attempts, True))
+                back = time.strftime("%H:%M", time.localtime(self.START + float(asked)))
+                self.assertEqual(str(error).endswith("; come back at " + back), attempts == 1)
 
-    def test_obeys_retry_after_as_urllib3_does(self):
-        """The rows of its tests, in whatever time zone."""
-        start, zone = 1559559600.0, os.environ.get("TZ")  # Mon, 3 Jun 2019 11:00:00 UTC
-        self.hints((("0", None, 1.0), ("1000", 1000.0, 30.0), ("\t42 ", 42.0, 30.0),
-                    ("-1", None, 1.0), ("+1", None, 1.0), ("1.0", 1.0, 1.25), ("\xb2", None, 1.0),
-                    ("21600", 21600.0, 30.0), ("21601", 21601.0, 30.0)), start)
-        self.hints((("1", 1.0, 1.0), ("2", 2.0, 1.0)), start, max_delay=1)
-        try:
-            for name in ("UTC0", "IST-2", "EST+5", zone):
-                os.environ.pop("TZ", None)
-                os.environ.update({"TZ": name} if name else {})
-                time.tzset()
-                with self.subTest(zone=name):
-                    self.hints((("3600", 3600.0, 30.0),
-                                ("Mon, 3 Jun 2019 12:00:00 UTC", 3600.0, 30.0),
-                                ("Mon, 3 Jun 2019 11:00:00 UTC", None, 1.0),
-                                ("Mon, 03 Jun 2019 11:30:12 GMT", 1812.0, 30.0),
-                                ("Monday, 03-Jun-19 11:30:12 GMT", 1812.0, 30.0),
-                                ("Mon Jun  3 11:30:12 2019", 1812.0, 30.0),
-                                ("Mon Jun  3 11:00:10 2019", 10.0, 10.25)), start)
-        finally:
-            os.environ.pop("TZ", None)
-            os.environ.update({"TZ": zone} if zone else {})
+
+# The tables: what _understand, which is pure, makes of bytes and headers. Through a server
+# each row would take a hundred times as long; one of each kind goes that way above.
+
+
+class Understood(Case):
+    """What the classes below share."""
+
+    URL = "https://example.com/v1/chat/completions"
+
+    def understand(self, code=200, body=b"", headers=(), cut="", streamed=True):
+        message = cometlimit.http.client.HTTPMessage()
+        for name, value in headers.items() if isinstance(headers, dict) else headers:
+            message[name] = value
+        if not isinstance(body, bytes):
+            body = (body if isinstance(body, str) else json.dumps(body)).encode()
+        return cometlimit._understand(cometlimit._Answer(code, message, body, cut),
+                                      cometlimit._hider(KEY), self.URL, streamed)
+
+    def text(self, *answer, **options):
+        return getattr(self.understand(*answer, **options).outcome, "text", None)
+
+    def judged(self, *answer, **options):
+        """How many attempts a failure deserves, and the load that it shows."""
+        verdict = self.understand(*answer, **options)
+        self.assertIsInstance(verdict.outcome, cometlimit.Error, verdict)
+        self.assertEqual(verdict.outcome.retryable, verdict.tries > 1)
+        return verdict.tries, verdict.load
+
+    def asked(self, *answer):
+        seconds = self.understand(*answer).outcome.retry_after
+        return seconds if seconds is None else round(seconds, 6)
+
+
+FOREVER = math.inf
+ALL = json.dumps({"model": "m-1", "usage": {"prompt_tokens": 9}, "choices": [
+    {"index": 0, "message": {"role": "assistant", "content": "all"},
+     "finish_reason": "stop"}]}).encode()
+
+
+def chunk(delta=None, finish=None, index=0, **fields):
+    return dict({"id": "c", "object": "chat.completion.chunk", "created": 7, "model": "m-1",
+                 "choices": [{"index": index, "delta": delta or {}, "finish_reason": finish}]},
+                **fields)
+
+
+def events(*values, end="data: [DONE]\n\n"):
+    return "".join("data: %s\n\n" % (value if isinstance(value, str) else json.dumps(value))
+                   for value in values) + end
+
+
+HEL, LO, STOP = chunk({"content": "Hel"}), chunk({"content": "lo"}), chunk(finish="stop")
+
+
+class APaidAnswer(Understood):
+    """Is read if it can be read."""
+
+    def test_is_read_whatever_it_is_wrapped_in(self):
+        """Compression that nobody asked for, marks, white space, a list, NaN, a cut-off end."""
+        packed = zlib.compress(ALL)
+        head = b'{"choices": [{"message": {"content": "all"}}], "x": %s}'
+        zipped = gzip.compress(ALL)
+        for body, encoding in (
+                (ALL, ""), (zipped, "gzip"), (zipped, ""), (zipped, "X-GZip"), (packed, "deflate"),
+                (packed[2:-4], "deflate"), (ALL, "gzip"), (ALL, "deflate"), (BOM + ALL, ""),
+                (zipped + b"\0" * 99, "gzip"), (zipped[:-8], "gzip"), (b" \r\n" + ALL + b"\n", ""),
+                (b"[" + ALL + b"]", ""), (gzip.compress(b"\n" + BOM + ALL), "gzip"),
+                (head % b"[NaN, -Infinity]", ""), (head % b'1, "code": 429', ""),
+                (head % b'1, "base_resp": {"status_code": 0}', ""), (gzip.compress(events(
+                    chunk({"content": "all"}), STOP).encode()), "gzip")):
+            with self.subTest(body=body, encoding=encoding):
+                for cut in ("", "reset"):
+                    self.assertEqual(self.text(200, body, {"Content-Encoding": encoding}, cut),
+                                     "all")
+        body = self.understand(200, head % b"[NaN, -Infinity]").outcome.body
+        self.assertEqual(body["x"], [None, None])
+
+    def test_has_a_text_in_every_form(self):
+        """A string, null, parts; and its other fields."""
+        for content, text in (
+                ("a", "a"), (None, ""), ([], ""), (5, ""), ([{"type": "thinking"}], ""),
+                ([{"type": "text", "text": "a"}, {"type": "text", "text": "b"}], "ab")):
+            with self.subTest(content=content):
+                self.assertEqual(self.text(200, {"choices": [{"message": {
+                    "content": content}}]}), text)
+        done = self.understand(200, ALL, {"x-request-id": "r"}).outcome
+        self.assertEqual(done, ("all", "m-1", "stop", {"prompt_tokens": 9}, "r", 1, 0.0,
+                                json.loads(ALL.decode())))
+
+    def test_is_bought_again_only_where_that_may_help(self):
+        """What came whole would come again."""
+        half = {"index": 0, "message": {"content": "half"}}
+        for verdict, bodies in (
+                ((FOREVER, None), (
+                    "", "  ", gzip.compress(ALL)[:50], {"error": "busy"}, {"error": {"code": 408}},
+                    {"choices": [half], "error": {"message": "busy"}},
+                    {"choices": [dict(half, finish_reason="error")]}, {"code": 1302, "msg": "x"},
+                    {"base_resp": {"status_code": 1000}})),
+                ((FOREVER, 429), (
+                    {"error": {"code": 429}}, {"error": {"code": "rate_limit_exceeded"}},
+                    {"choices": [dict(half, error={"code": "429"})]}, {"code": 429, "msg": "x"},
+                    {"error": {"code": 429, "type": "invalid_request_error"}},
+                    {"base_resp": {"status_code": 1002, "status_msg": "rate"}})),
+                ((FOREVER, 503), ({"error": {"code": "503"}}, [{"error": {"code": 503}}],
+                                  {"choices": [half, dict(half, error={"code": 503})]})),
+                ((2, None), ({}, {"choices": None}, {"choices": [{}]}, {"choices": [None]},
+                             {"choices": 5}, {"choices": {"a": 1}}, {"code": 200, "data": {}},
+                             {"choices": [{"message": None}]})),
+                ((1, None), (
+                    "hi", '{"choices": [', "<html>hi</html>", [], "null", "[1,2]", "[" * 100000,
+                    {"choices": [dict(half, error={"code": 403})]}, {"error": {"code": 400}},
+                    {"error": {"code": "insufficient_quota"}}, {"code": "401", "msg": "no"},
+                    {"error": {"type": "invalid_request_error"}},
+                    {"base_resp": {"status_code": 1008}, "choices": None},
+                    {"base_resp": {"status_code": 1004}}))):
+            for body in bodies:
+                with self.subTest(body=str(body)[:70]):
+                    self.assertEqual(self.judged(200, body), verdict)
+                    self.assertIs(type(self.understand(200, body).outcome),
+                                  cometlimit.APIResponseError)
+        for body in ("", '{"choices": [', "<html>h", ALL[:-1]):
+            self.assertEqual(self.judged(200, body, cut="reset"), (FOREVER, None))
+
+    def test_is_bounded(self):
+        """No bomb costs memory or a second payment; nothing takes the square of its length."""
+        with unittest.mock.patch.object(cometlimit, "_MAX_ANSWER", 1 << 20):
+            bomb = gzip.compress(b" " * (1 << 26))
+            tracemalloc.start()
+            start = time.monotonic()
+            for body in (bomb, b"x" * (1 << 21), gzip.compress(b"") * 200000):
+                self.understand(200, body)
+            self.assertLess(time.monotonic() - start, 3.0)
+            self.assertLess(tracemalloc.get_traced_memory()[1], 32 << 20)
+            tracemalloc.stop()
+            self.assertEqual(self.judged(200, b"data:" * (1 << 20)), (1, None))
+
+        slow = (events(*["{}"] * 100000), "data:" * 300000, "wait " * 13000 + "1s",
+                "wait 1" + " " * 65000, "\\" * 65000, "(request id: " * 5000, "retry " * 10000,
+                events(*[chunk({"content": "abcd"})] * 30000 + [STOP]), "limit: 1 " * 10000,
+                '{"error": {"message": "%s"}}' % ("{" * 60000), "retry in " + "1s " * 20000)
+        for body, code in itertools.product(slow, (200, 429)):
+            start = time.monotonic()
+            self.understand(code, body)
+            self.assertLess(time.monotonic() - start, 3.0, body[:30])
+
+
+class AStreamOfEvents(Understood):
+    """Amounts to the answer that would have come at once."""
+
+    def test_is_put_together_to_the_same_body(self):
+        """Texts, tool calls by their index, usage from the last chunk, several choices."""
+        usage = {"prompt_tokens": 9, "completion_tokens": 3}
+        call = {"index": 0, "id": "a", "type": "function", "function": {"name": "f",
+                                                                        "arguments": ""}}
+        other = {"index": 1, "id": "b", "type": "function", "function": {
+            "name": "g", "arguments": "{}"}}
+        done = self.understand(200, events(
+            chunk({"role": "assistant", "content": ""}, system_fingerprint="fp"),
+            chunk({"role": "assistant", "reasoning_content": "th"}),
+            chunk({"reasoning_content": "ink"}), chunk({"refusal": "n"}), chunk({"refusal": "o"}),
+            chunk({"x_new": "1"}), chunk({"x_new": "2"}), HEL, LO,
+            chunk({"content": "b"}, "length", 1), chunk({"tool_calls": [call, other]}),
+            chunk({"tool_calls": [{"index": 0, "function": {"arguments": '{"a"'}}]}),
+            chunk({"tool_calls": [dict(call, function={"name": "f", "arguments": ": 1}"})]}),
+            chunk({"function_call": {"name": "h", "arguments": "{"}}),
+            chunk({"function_call": {"arguments": "}"}}),
+            chunk(finish="tool_calls"), dict(chunk(usage=usage), choices=[]))).outcome
+        self.assertEqual(done.body, {
+            "id": "c", "object": "chat.completion", "created": 7, "model": "m-1",
+            "system_fingerprint": "fp", "usage": usage, "choices": [{
+                "index": 0, "finish_reason": "tool_calls", "message": {
+                    "role": "assistant", "content": "Hello", "reasoning_content": "think",
+                    "refusal": "no", "x_new": "12", "tool_calls": [
+                        {"id": "a", "type": "function",
+                         "function": {"name": "f", "arguments": '{"a": 1}'}},
+                        {"id": "b", "type": "function",
+                         "function": {"name": "g", "arguments": "{}"}}],
+                    "function_call": {"name": "h", "arguments": "{}"}}},
+                {"index": 1, "finish_reason": "length", "message": {"content": "b"}}]})
+        self.assertEqual((done.text, done.usage, done.finish_reason),
+                         ("Hello", usage, "tool_calls"))
+
+    def test_keeps_apart_what_belongs_apart(self):
+        """Choices and their logprobs; Gemini's calls, all of index 0, or of none."""
+        def part(index, text, finish=None):
+            event = chunk({"content": text}, finish, index)
+            event["choices"][0]["logprobs"] = {"content": [{"token": text}]}
+            return event
+        done = self.understand(200, events(part(10, "b"), part(2, "a"), part(10, "B", "stop"),
+                                           part(2, "A", "length"))).outcome
+        self.assertEqual(done.body["choices"], [
+            {"index": index, "message": {"content": a + b}, "finish_reason": end,
+             "logprobs": {"content": [{"token": a}, {"token": b}]}}
+            for index, a, b, end in ((2, "a", "A", "length"), (10, "b", "B", "stop"))])
+        for index in ({"index": 0}, {}):
+            calls = [dict({"id": name, "function": {"name": name}}, **index) for name in "ab"]
+            done = self.understand(200, events(*[chunk({"tool_calls": [call]}) for call in calls]
+                                               + [STOP])).outcome
+            self.assertEqual(done.body["choices"][0]["message"], {"content": None, "tool_calls": [
+                {"id": name, "function": {"name": name}} for name in "ab"]})
+
+    def test_is_read_in_every_form(self):
+        """Line ends, heartbeats, names, no [DONE], a cut behind the finish_reason."""
+        hello = events(HEL, LO, STOP)
+        for body in (
+                hello, "\ufeff" + hello, "\n \n" + hello, events(HEL, LO, STOP, end="")[:-2],
+                hello.replace("\n", "\r\n"), hello.replace("\n", "\r"),
+                hello.replace("data: ", "data:"), hello.replace("\n\n", "\n"),
+                ": ping\n\n" + hello.replace("\n\n", "\n\n: ping\n\ndata:\n\n"),
+                hello.replace("data:", "event: message\nid: 1\nretry: 5\ndata:"),
+                events(HEL, "keep-alive", LO, STOP), events(HEL, LO, STOP, chunk()),
+                events({"choices": [{"delta": None, "message": {"content": "Hello"},
+                                     "finish_reason": "stop"}]}),
+                events(HEL, LO, STOP, chunk(finish="")),
+                events(dict(HEL, error=None), LO, STOP),
+                events({"choices": [{"message": {"content": "Hello"}, "finish_reason": "stop"}]}),
+                events(*[{"choices": [{"delta": {"content": text}, "finish_reason": end}]}
+                         for text, end in (("Hel", None), ("lo", "stop"))])):
+            with self.subTest(body=body):
+                self.assertEqual(self.text(200, body), "Hello")
+        whole = events(HEL, LO, STOP, dict(chunk(usage={"a": 1}), choices=[]))
+        for cut in range(whole.index('"stop"') + 10, len(whole), 7):
+            self.assertEqual(self.text(200, whole[:cut], cut="reset"), "Hello", whole[:cut])
+
+    def test_is_a_failure_without_its_end(self):
+        """[DONE] proves nothing where a stream was asked for; each choice has to be finished."""
+        for body, unasked in (
+                (events(HEL, LO), "Hello"), (events(HEL, end=""), None),
+                (events(HEL, chunk({"content": "x"}, index=1), STOP, end=""), None),
+                (events(HEL, '{"choices": [{"delta": {"con', STOP, end=""), None)):
+            with self.subTest(body=body):
+                self.assertEqual(self.judged(200, body), (FOREVER, None))
+                self.assertEqual(self.text(200, body, streamed=False), unasked)
+
+    def test_ends_with_the_error_in_it(self):
+        """At the top, in the choice, or in an event of this name: by its code."""
+        inner = chunk()
+        inner["choices"][0]["error"] = {"code": 400, "message": "no"}
+        for body, verdict in (
+                (events(HEL, {"error": {"code": 429, "message": "slow"}}), (FOREVER, 429)),
+                (events(HEL, {"error": "busy"}), (FOREVER, None)),
+                (events(HEL, chunk(finish="error", error={"code": 502})), (FOREVER, 502)),
+                (events(HEL, chunk(finish="error")), (FOREVER, None)),
+                (events(HEL, inner, STOP), (1, None)),
+                (events({"error": {"code": "model_not_found"}}), (1, None)),
+                ('event: error\ndata: {"code": "503", "message": "x"}\n\n', (FOREVER, 503)),
+                ('event: error\r\ndata: {"type": "error", "error": {"type": '
+                 '"overloaded_error", "message": "Overloaded"}}\r\n\r\n', (FOREVER, None)),
+                (events(HEL, STOP, end="event: error\ndata: broken\n\n"), (FOREVER, None)),
+                (events({"code": 401, "message": "no"}), (1, None))):
+            with self.subTest(body=body):
+                self.assertEqual(self.judged(200, body), verdict)
+
+
+class ARefusal(Understood):
+    """Is judged by its meaning, and asks for a wait in many ways."""
+
+    def test_is_judged_by_its_code_or_type(self):
+        """Permanent words whatever the status; with 429 only those of money or of no model."""
+        for word in sorted(set(PERMANENT) | cometlimit.PERMANENT):
+            lasting = word in cometlimit.MONEY or re.match("billing_|model_not|unsupp", word)
+            for error in ({"code": word}, {"type": word, "code": ""}, {"code": word.upper()}):
+                with self.subTest(error=error):
+                    for code in (200, 500, 503):
+                        self.assertEqual(self.judged(code, {"error": error}), (1, None))
+                    self.assertEqual(self.judged(429, {"error": error}),
+                                     (1, None) if lasting else (FOREVER, 429))
+        for code, name, param, tries in (
+                (401, "", "", 1), (403, "", "", 1), (413, "read_request_body_failed", "", 1),
+                (500, "get_channel_failed", "", FOREVER), (501, "api_not_implemented", "", 1),
+                (429, "upstream_error", "", FOREVER), (429, 1302, "", FOREVER), (429, 1113, "", 1),
+                (400, "rate_limit_exceeded", "", 1), (529, "overloaded", "", FOREVER),
+                (500, "bad_response_status_code", "429", FOREVER),
+                (500, "bad_response_status_code", "400", 1),
+                (500, "bad_response_status_code", "\u00b2", FOREVER)):
+            with self.subTest(code=code, name=name, param=param):
+                self.assertEqual(self.judged(
+                    code, {"error": {"code": name, "param": param}})[0], tries)
+        for code, hint, verdict in (
+                (400, "true", (FOREVER, None)), (400, "True", (1, None)), (400, "1", (1, None)),
+                (429, "false", (1, None)), (200, "false", (1, None)), (408, "", (FOREVER, None)),
+                (503, "False", (FOREVER, 503)), (429, "true", (FOREVER, 429))):
+            with self.subTest(code=code, hint=hint):
+                self.assertEqual(self.judged(code, "no", {"x-should-retry": hint}), verdict)
+
+    def test_is_permanent_where_the_request_exceeds_the_limit(self):
+        """Limit and Requested are compared; a limit that is used up may pass."""
+        for message, tries in (
+                ("Request too large for m on tokens per min (TPM): Limit 10000, Requested 44975."
+                 " The input or output tokens must be reduced", 1), ("Request too large", 1),
+                ("Limit 10,000, Requested 44,975", 1), ("Limit: 9.999, Requested: 10.000", 1),
+                ("Limit 10000, Used 9000, Requested 2000. Try again in 6s", FOREVER),
+                ("Request too large: Limit 10000, Requested 10000", FOREVER),
+                ("Limit 7000, Used 0, Requested ~12903.", 1), ("Rate limit reached", FOREVER),
+                ("exceed your rate limit of 30,000 input tokens per minute", FOREVER)):
+            with self.subTest(message=message):
+                body = {"error": {"message": message, "code": "rate_limit_exceeded"}}
+                self.assertEqual(self.judged(429, body), (tries, 429 if tries > 1 else None))
+
+    def test_has_its_words_wherever_they_stand(self):
+        """Objects, texts, lists, one within the other: the innermost are the plainest."""
+        inner = {"error": {"code": "RateLimitReached", "message": "Slow"}}
+        for body, code, type_, param, message in (
+                ({"error": {"code": 7, "type": "t", "param": "p", "message": "m"}},
+                 "7", "t", "p", "m"), ({"error": "m"}, None, None, None, "m"),
+                ({"error": "Bad", "message": "m", "status": 503}, None, None, None, "m"),
+                ([{"error": {"message": "m", "code": 503}}], "503", None, None, "m"),
+                ({"message": "m", "code": "c", "type": "t", "param": "p"}, "c", "t", "p", "m"),
+                ({"type": "error", "error": {"type": "t", "message": "m"}}, None, "t", None, "m"),
+                ({"error": {"message": "m"}, "code": "c"}, "c", None, None, "m"),
+                ({"error": {"error": {"message": "m", "code": "c"}}}, "c", None, None, "m"),
+                ({"detail": "m"}, None, None, None, "m"),
+                ({"detail": [{"loc": ["body"], "msg": "m", "type": "t"}]}, None, "t", None, "m"),
+                ({"errors": [{"message": "m", "code": 5}]}, "5", None, None, "m"),
+                ({"base_resp": {"status_code": 1002, "status_msg": "m"}}, "1002", None, None, "m"),
+                ({"error": {"type": "t", "message": json.dumps(inner)}},
+                 "RateLimitReached", "t", None, "Slow"),
+                ({"error": {"message": "Azure: " + json.dumps(inner)}},
+                 "RateLimitReached", None, None, "Slow"),
+                ({"error": {"message": "not {json"}}, None, None, None, "not {json"),
+                ({"error": {"code": None, "message": None, "type": {}}}, None, None, None, None),
+                ("m", None, None, None, None), ([], None, None, None, None)):
+            with self.subTest(body=body):
+                error = self.understand(500, body).outcome
+                self.assertEqual((error.code, error.type, error.param, error.message),
+                                 (code, type_, param, message))
+
+    def test_asks_in_its_headers(self):
+        """Seconds, milliseconds, three forms of date by the server's clock, Unix times."""
+        day, zone = "Fri, 29 Sep 2023 ", os.environ.get("TZ")
+        table = [("20", 20), ("1.5", 1.5), (" 7 ", 7), ("27780", 27780), ("2678400", 2678400)] + [
+            (value, None) for value in (
+                "0", "-10", "2678401", "9" * 35, "9" * 400, "1e400", "inf", "nan", "+5", "1e1",
+                "1_0", "", "abc", "\xb2", day + "16:26:37 GMT", day + "16:26:27 GMT",
+                "Fri, 29 Sep 2033 16:26:57 GMT", "Fri, 29 Sep 100000 16:26:57 GMT",
+                "2023-09-29T16:26:57Z", "Sun, 06 Nov 2094 1.2.3.4 GMT",
+                "%d" % (self.START - 30), "%d" % (self.START + 40 * 86400))] + [
+            (value, 20) for value in (
+                day + "16:26:57 GMT", "Friday, 29-Sep-23 16:26:57 GMT", "Fri Sep 29 16:26:57 2023",
+                "Zun, 29 Sep 2023 16:26:57 GMT", day + "16:26:57 -0000",
+                "%d" % (self.START + 20), "%d" % (self.START * 1000 + 20000))]
+        self.addCleanup(time.tzset)
+        self.addCleanup(lambda: (os.environ.pop("TZ"), zone and os.environ.update(TZ=zone)))
+        for os.environ["TZ"], skew in (("UTC0", 0), ("IST-2", 3600), ("EST+5", -3600)):
             time.tzset()
+            self.wall = self.START + skew
+            date = {"Date": day + "16:26:37 GMT"} if skew else {}
+            for value, seconds in table:
+                with self.subTest(value=value, skew=skew):
+                    self.assertEqual(self.asked(503, "", dict(date, **{
+                        "Retry-After": value})), seconds)
+        slow, many = {"error": {"message": "Please try again in 20s."}}, "retry-after"
+        for body, seconds, pairs in (
+                ("", 5, [(many, "1"), (many, "5")]), ("", 5, [(many, "x"), (many, "5")]),
+                ("", 0.5, [("retry-after-ms", "500")]), (slow, 20, [(many, "5")]),
+                ("", 9, [("retry-after-ms", "-5"), (many, "9")]), (slow, 50, [(many, "50")]),
+                (slow, 20, [(many, "9999999")])):
+            with self.subTest(pairs=pairs, body=body):
+                self.assertEqual(self.asked(429, body, pairs), seconds)
 
-    def test_obeys_retry_after_in_all_forms(self):
-        """The list that four clients were measured by."""
-        def ms(value, seconds=None):
-            return [("retry-after-ms", value)] + [("Retry-After", seconds)] * (seconds is not None)
-        self.hints((("0", None, 1.0), ("1", 1.0, 1.25), ("30", 30.0, 30.0), ("1.5", 1.5, 1.75),
-                    ("-10", None, 1.0), ("+5", None, 1.0), (" 7 ", 7.0, 7.25), ("31", 31.0, 30.0),
-                    ("60", 60.0, 30.0), ("61", 61.0, 30.0), ("120", 120.0, 30.0),
-                    ("121", 121.0, 30.0), ("3600", 3600.0, 30.0), ("86400", 86400.0, 30.0),
-                    ("9" * 35, float("9" * 35), 30.0), ("9" * 400, float("inf"), 30.0),
-                    ("1e400", None, 1.0), ("inf", None, 1.0), ("nan", None, 1.0),
-                    ("1e1", None, 1.0), ("1_0", None, 1.0), ("", None, 1.0), ("abc", None, 1.0),
-                    ("5, 5", None, 1.0), ("Fri, 29 Sep 2023 16:26:57 GMT", 20.0, 20.25),
-                    ("Friday, 29-Sep-23 16:26:57 GMT", 20.0, 20.25),
-                    ("Fri Sep 29 16:26:57 2023", 20.0, 20.25),
-                    ("Zun, 29 Sep 2023 16:26:57 GMT", 20.0, 20.25),
-                    ("Fri, 29 Sep 2023 16:26:57 -0000", 20.0, 20.25),
-                    ("Fri, 29 Sep 2022 16:26:57 GMT", None, 1.0),
-                    ("Fri, 29 Sep 100000 16:26:57 GMT", None, 1.0),
-                    ("2023-09-29T16:26:57Z", None, 1.0), ("1m0s", None, 1.0),
-                    ([("Retry-After", "1"), ("Retry-After", "5")], 5.0, 5.25),
-                    ([("Retry-After", "x"), ("Retry-After", "5")], 5.0, 5.25),
-                    (ms("500"), 0.5, 1.0), (ms("5500"), 5.5, 5.75), (ms("500", "9"), 0.5, 1.0),
-                    (ms("abc", "9"), 9.0, 9.25), (ms("-5", "9"), 9.0, 9.25),
-                    (ms("nan", "9"), 9.0, 9.25), (ms("0", "9"), 9.0, 9.25)), self.START)
-        for said, waits in (("9", [9.25]), ("true", [1.0])):
-            done = self.outcome(status(400, headers={"Retry-After": "9", "x-should-retry": said}),
-                                *[reply("yes")] * (said == "true"))
-            self.assertEqual(done.attempts, 1 + (said == "true"))
+    def test_asks_in_words(self):
+        """As real servers have sent them."""
+        for message, seconds in (
+                ("Rate limit reached. Please try again in 20s.", 20), ("Retry after 6 seconds", 6),
+                ("try again in 1.2s. Visit https://x.com/1 to", 1.2), ("retry after 6", 6),
+                ("try again in 7m12s. Need more tokens?", 432), ("Retry-After: 12", 12),
+                ("Please try again in 350ms.", 0.35), ("Please try again in 7h43m.", 27780),
+                ("Please try again in 6m0s.", 360), ("try again in 1h2m3.5s", 3723.5),
+                ("try again in 2 minutes", 120), ("Try again in 60 seconds", 60),
+                ("try again in 1 minute and 30 seconds", 90), ("try again in 1m 30s", 90),
+                ("try again in 1 hour, 5 mins", 3900), ("try again after 60 seconds", 60),
+                ("Please retry after 33 seconds. Go here: https://aka.ms/x", 33),
+                ("Retry after 20.", 20), ("retry after approximately 86460 seconds.", 86460),
+                ("Limit of 50 per 60s exceeded. Please wait 1 seconds before retrying.", 1),
+                ("wait 30 seconds", 30), ("Please wait for 2.5 seconds", 2.5), ("retry in 5s", 5),
+                ("please wait at least 5 minutes", 300), ("Retry in: 3 sec", 3),
+                ("Please retry in 37.123456s.", 37.123456), ("retrying. wait **20s**", 20),
+                ("Please retry your request in 10 seconds", 10), ("TRY AGAIN IN 5S", 5),
+                ("Monthly limit reached. Resets in 16 days.", 16 * 86400), ("in 9s", None),
+                ("Your quota will reset after 6h3m25s.", 21805), ("Try again in 1 day", 86400),
+                ("wait 5s ... or wait 9s", 9), ("Please try again later.", None),
+                ("Please wait a moment", None), ("Limit 20, Used 19, max retries 3", None),
+                ("retry 3 times", None), ("try again in 0s", None), ("try again in 90 days", None),
+                ("Retry after 2026-01-01 00:00:00", None), ("wait until 12:30", None),
+                ("wait -1s", None), ("available for 30 days", None), ("waited 30s", None),
+                ("retry 3 models", None), ("connection reset after 30s", None)):
+            for code, body in ((429, {"error": {"message": message}}), (503, message),
+                               (200, {"error": {"code": 429, "message": message}})):
+                with self.subTest(message=message, code=code):
+                    self.assertEqual(self.asked(code, body), seconds or None)
+
+    def test_asks_in_its_fields(self):
+        """Google's retryDelay, retry_after however it is spelt, OpenRouter's reset."""
+        def google(delay):
+            return {"error": {"code": 429, "status": "RESOURCE_EXHAUSTED", "details": [
+                {"@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay": delay}]}}
+        for body, seconds in (
+                (google("37s"), 37), (google("0.512098s"), 0.512098), (google("0s"), None),
+                ([google("37s")], 37), ({"error": {"retry_after": 10}}, 10),
+                ({"retry_after": 10.5}, 10.5), ({"retry_after": "10"}, 10),
+                ({"retry_after": "10s"}, 10), ({"retry_after_seconds": 10}, 10),
+                ({"retry_after_ms": 350}, 0.35), ({"error": {"retryAfterMs": 350}}, 0.35),
+                ({"retryAfter": 5}, 5), ({"retry-after": 5}, 5), ({"retry_after": -5}, None),
+                ({"retry_after": None}, None), ({"retry_after": 1e30}, None),
+                ({"retry_after": self.START + 60}, 60),
+                ({"error": {"message": json.dumps({"retry_after": 3})}}, 3),
+                ({"error": {"metadata": {"headers": {
+                    "X-RateLimit-Reset": "%d" % (self.START * 1000 + 45000)}}}}, 45)):
+            with self.subTest(body=body):
+                self.assertEqual(self.asked(429, body), seconds)
+        for code, body, headers, seconds in (  # and only a refusal asks
+                (400, "try again in 5s", {}, None), (401, "", {"Retry-After": "9"}, None),
+                (400, "", {"Retry-After": "9", "x-should-retry": "true"}, 9),
+                (429, {"error": {"code": "insufficient_quota"}}, {"Retry-After": "9"}, 9),
+                (200, "wait 30 seconds", {}, None)):
+            with self.subTest(code=code, body=body):
+                self.assertEqual(self.asked(code, body, headers), seconds)
+
+
+class AStream(Case):
+    """Takes the place of an answer that a gateway is too impatient for."""
+
+    def play(self, *script, prompts=1, **options):
+        """The completions of some prompts, and which requests asked for a stream, how."""
+        with Server(*script) as server, self.client(server, **options) as client:
+            done = [client.complete("Hi") for _ in range(prompts)]
+        return done, [(request.body.get("stream"), request.body.get("stream_options"))
+                      for request in server.requests]
+
+    def test_brings_the_same_completion(self):
+        """After 504, 524 or 408, with its usage; further calls stream from the start."""
+        streamed = events(HEL, LO, STOP, dict(chunk(usage={
+            "prompt_tokens": 2, "completion_tokens": 3}), choices=[]))
+        plain = self.play(reply("Hello", id="c", object="chat.completion", created=7,
+                                model="m-1"))[0][0]
+        usage = (True, {"include_usage": True})
+        for code in (504, 524, 408):
+            with self.subTest(code=code):
+                done, asked = self.play(status(code), *[status(200, streamed)] * 2, prompts=2)
+                self.assertEqual(asked, [(None, None), usage, usage])
+                self.assertEqual([one.attempts for one in done], [2, 1])
+                for one in done:
+                    for choice in one.body["choices"]:
+                        self.assertEqual(choice.pop("index"), 0)
+                    plain.body["choices"][0]["message"].pop("role", None)
+                    self.assertEqual(one[:4] + one[7:], plain[:4] + plain[7:])
+
+    def test_is_forced_or_forbidden(self):
+        """stream=True asks for one at once, False never; and 503 is no reason for one."""
+        usage, none = (True, {"include_usage": True}), (None, None)
+        for option, code, asked in ((True, 504, [usage, usage]), (False, 504, [none, none]),
+                                    (None, 503, [none, none]), (True, 503, [usage, usage])):
+            with self.subTest(option=option, code=code):
+                done = self.play(status(code), reply("yes"), stream=option)
+                self.assertEqual((done[0][0].text, done[1]), ("yes", asked))
+
+    def test_is_asked_for_as_the_server_can(self):
+        """Without stream_options where a 400 names them; not at all where it knows no streams."""
+        usage, bare, none = (True, {"include_usage": True}), (True, None), (None, None)
+        no = failure("unknown_field", 400, message="unknown field stream_options")
+        done, asked = self.play(no, *[status(200, events(HEL, LO, STOP))] * 2, prompts=2,
+                                stream=True)
+        self.assertEqual((asked, done[0].attempts), ([usage, bare, bare], 2))
+        done, asked = self.play(
+            status(504), failure("x", 400, message="stream is not supported"), reply("yes"),
+            status(504), reply("yes"), prompts=2)
+        self.assertEqual(asked, [none, usage, none, none, none])
+
+    def test_that_breaks_off_is_tried_again(self):
+        """Cut before its finish_reason, or ended by an error within."""
+        for line in (cut_short(200, events(HEL, end="").encode()), status(200, events(HEL, LO)),
+                     status(200, events(HEL, {"error": {"code": 503, "message": "busy"}}))):
+            with self.subTest():
+                done, _ = self.play(line, status(200, events(HEL, LO, STOP)), stream=True)
+                self.assertEqual((done[0].text, done[0].attempts), ("Hello", 2))
 
 
 class ALimit(Case):
@@ -1151,35 +1506,41 @@ class ALimit(Case):
                 self.assertIn(told, ([(503, 25.0)], [(503, 25.0)] * 2))
 
     def test_serves_first_who_came_first(self):
-        """A retry goes behind those that wait already, and before those that come later."""
-        self.throttle(wait=lambda *_: 0.0)
-        lined, end = set(), threading.Event()
-
-        def wait(condition, seconds):
-            if seconds < 1000.0:
-                self.now += seconds  # in backoff
-            else:
-                lined.add(condition)
-                condition.wait(TIMEOUT)
-        cometlimit._wait = wait
+        """In the order of submit; who comes again goes before those still to come."""
+        self.real_time()
+        with Server(forever=reply_echo) as server:
+            for _ in range(30):
+                with self.client(server) as client:
+                    for prompt in "abcd":
+                        client.submit(prompt)
+        self.assertEqual("".join(request.prompt for request in server.requests), "abcd" * 30)
 
         def line(request):
-            number = len(server.requests)
-            if request.prompt == "z":  # keeps one of two places in flight
-                end.wait(TIMEOUT)
-            elif number == 2:
-                self.until(lambda: len(lined) == 2)  # b and c
-                return status(503)
-            elif number == 3:
-                self.until(lambda: len(lined) == 3)  # a is back
-                client.submit("d").add_done_callback(lambda _: end.set())
-            return reply_echo(request)
+            if request.prompt == "b":
+                time.sleep(0.5)  # in which the backoff of a, 0.05 s at most, ends
+            return status(503) if len(server.requests) == 1 else reply_echo(request)
         with Server(forever=line) as server:
-            with self.client(server, deadline=1e6, max_concurrency=2) as client:
-                for number, prompt in enumerate("zabc"):
+            with self.client(server, max_delay=0.05) as client:
+                for prompt in "abcd":
                     client.submit(prompt)
-                    server.await_requests(min(2, number + 1))
-        self.assertEqual([request.prompt for request in server.requests], list("zabcad"))
+        self.assertEqual("".join(request.prompt for request in server.requests), "abacd")
+
+    def test_is_not_learnt_from_a_prompt_that_is_refused_each_time(self):
+        """Refused again, though later requests were answered, it says nothing about load."""
+        self.real_time()
+        told, submitted = [], threading.Event()
+        self.throttle(wait=lambda *_: 0.0, refused=lambda own, *rest: told.append(rest[2:]))
+
+        def line(request):
+            submitted.wait(TIMEOUT)
+            return status(503) if request.prompt == "bad" else reply_echo(request)
+        with Server(forever=line) as server:
+            with self.client(server, max_delay=0.05) as client:
+                bad = client.submit("bad")
+                client.submit("good")
+                submitted.set()
+                self.assertEqual(bad.exception(TIMEOUT).attempts, 5)
+        self.assertEqual(told, [(503, None)])
 
     def test_wakes_whom_an_answer_lets_go(self):
         """A server with one slot that rests half a second takes no longer than its rests."""
@@ -1216,35 +1577,16 @@ class ALimit(Case):
         self.assertEqual([request.time - 1000.0 for request in server.requests],
                          [0.0, 2.0, 4.0, 6.0, 8.0, 108.0, 110.0])
         self.real_time()
-        with Server(forever=reply_echo) as server:
+
+        def late(request):
+            server.await_requests(12)  # no answer wakes those that wait
+            return reply_echo(request)
+        with Server(forever=late) as server:
             with self.client(server, max_rate=50, max_concurrency=12) as client:
                 start = time.monotonic()
                 for number in range(12):
                     client.submit("Hi", model="abc"[number % 3])
             self.assertGreaterEqual(time.monotonic() - start, 11 / 50)
-
-    def test_is_not_told_by_a_prompt_that_is_refused_each_time(self):
-        """Refused again though later prompts were answered, it says nothing about load."""
-        for between, expected in ((False, [429, 429]), (True, [429])):
-            told, go = [], threading.Event()
-            self.throttle(wait=lambda *_: 0.0,
-                          refused=lambda own, ticket, now, status, *_: told.append(status))
-
-            def wait(condition, seconds):
-                self.until(go.is_set, lambda: condition.wait(0.001))
-                self.now += seconds
-            cometlimit._wait = wait
-            refused = [status(429), status(429)]
-            with self.subTest(between=between), Server(forever=lambda request: (
-                    refused.pop() if request.prompt == "x" and refused else reply("y"))) as server:
-                with self.client(server) as client:
-                    call = client.submit("x")
-                    server.await_requests(1)
-                    if between:
-                        client.ask("y")
-                    go.set()
-                    self.assertEqual(call.result(TIMEOUT).attempts, 3)
-            self.assertEqual(told, expected)
 
     def test_is_told_to_the_logger(self):
         """What is tried again, and when the limit was met, is logged as information."""
@@ -1261,16 +1603,10 @@ class ARecord(Case):
     def test_tells_everything_of_its_attempt(self):
         """It goes to on_record, to the logger and to the error, field by field."""
         self.throttle(wait=lambda *_: 0.0)
-
-        def slow(line):
-            def step(request):
-                self.now += 0.5
-                return line
-            return step
         records, tag = [], {"row": 7}
-        with self.assertLogs("cometlimit", "DEBUG") as logs, Server(
-                slow(failure("busy", 429, message="x (request id: r7)")), slow(raw(b"HTTP")),
-                slow(status(503)), slow(reply("yes", {"x-request-id": "r8"}))) as server:
+        with self.assertLogs("cometlimit", "DEBUG") as logs, Server(*map(self.slow, (
+                failure("busy", 429, message="x (request id: r7)"), raw(b"HTTP"), status(503),
+                reply("yes", {"x-request-id": "r8"})))) as server:
             with self.client(server, on_record=records.append) as client:
                 client.submit("Hi", tag=tag).result(TIMEOUT)
         self.assertNotIn("tag", server.requests[0].body)
@@ -1282,34 +1618,23 @@ class ARecord(Case):
             rest + (200, 0.5, 4, 4.0, "r8", None, 2, 3, tag)])
         self.assertEqual([log.getMessage() for log in logs.records if log.levelname == "DEBUG"],
                          [repr(record) for record in records])
-        for code, error in (
-                ("timeout", self.outcome(stall(), timeout=0.1, max_retries=0)),
-                ("invalid_response", self.outcome(status(200, "x"), max_retries=0))):
-            self.assertEqual([record.error for record in error.records], [code])
-            self.assertEqual(error.code, code)
 
     def test_breaks_nothing_where_it_is_used_badly(self):
-        """Whatever on_record raises, sys.exit() included, the answer comes and it is logged."""
+        """Whatever on_record raises, sys.exit() included, the answer comes, and it is logged; so it
+        is with a handler of the log."""
+        class Bad(logging.Handler):
+            def emit(self, record):
+                raise OSError("disk full")
         for bad in (sys.exit, lambda record: 1 / 0, lambda: None):
             with self.subTest(), self.assertLogs("cometlimit", "ERROR") as logs:
                 self.assertEqual(self.outcome(status(503), reply("yes"), on_record=bad).text, "yes")
             self.assertEqual([log.getMessage() for log in logs.records], ["on_record failed"] * 2)
-
-    def test_breaks_nothing_where_a_log_handler_raises(self):
-        """A logger that fails does not cost an answer."""
-        class Bad(logging.Handler):
-            def emit(self, record):
-                raise OSError("disk full")
         handler, logger = Bad(), logging.getLogger("cometlimit")
-        logger.addHandler(handler)
         self.addCleanup(logger.removeHandler, handler)
-        with Server(reply("yes")) as server:
-            client = self.client(server)
-            logger.setLevel("DEBUG")
-            try:
-                self.assertEqual(client.submit("Hi").result(TIMEOUT).text, "yes")
-            finally:
-                logger.setLevel("NOTSET")
+        self.addCleanup(logger.setLevel, logger.level)
+        logger.addHandler(handler)
+        logger.setLevel("DEBUG")
+        self.assertEqual(self.outcome(status(503), reply("yes")).text, "yes")
 
 
 class ACheck(Case):
@@ -1338,26 +1663,25 @@ class ACheck(Case):
 
 
 class TheMetrics(Case):
-    """Client.metrics."""
+    """Client.metrics, by route and model."""
+
+    KEY = ("/v1/chat/completions", "m")
 
     def test_add_up(self):
-        """Requests, answers, statuses, retries, tokens and latencies by route and model."""
-        def after(seconds, line=reply("yes")):
-            def step(request):
-                self.now += seconds
-                return line
-            return step
-        with Server(after(1, status(503)), *[after(number) for number in range(1, 21)]) as server:
+        """Requests, answers, statuses, retries, tokens and latencies."""
+        with Server(status(503), *[self.slow(reply("yes"), number)
+                                   for number in range(1, 21)]) as server:
             with self.client(server) as client:
                 empty = client.metrics
                 list(client.map(["Hi"] * 19))
                 before = client.metrics
                 client.ask("Hi", model="n")
                 metrics = client.metrics
-        key, other = ("/v1/chat/completions", "m"), ("/v1/chat/completions", "n")
-        self.assertEqual((dict(empty), list(before), list(metrics)), ({}, [key], [key, other]))
+        other = (self.KEY[0], "n")
+        self.assertEqual([list(one) for one in (empty, before, metrics)],
+                         [[], [self.KEY], [self.KEY, other]])
         for total, times in ((metrics, 1), (metrics + empty, 1), (metrics + metrics, 2)):
-            stats = total[key]
+            stats = total[self.KEY]
             self.assertEqual((stats.requests, stats.answers, stats.retries, stats.prompt_tokens,
                               stats.completion_tokens), tuple(times * number for number in
                                                               (20, 19, 1, 38, 57)))
@@ -1365,41 +1689,36 @@ class TheMetrics(Case):
             self.assertEqual(total[other].requests, times)
             for share, value in ((0.5, 10), (0.95, 19), (1.0, 19)):
                 self.assertLess(abs(stats.latency(share) / value - 1), 0.03)
-        self.assertEqual(dict((before + metrics)[key].statuses), {200: 38, 503: 2})
 
     def test_tell_what_limits_now_and_what_was_worth_little(self):
-        """What the throttle holds to; answers without text, or cut off. The table of all this has
-        no line over 80 columns."""
+        """What the throttle holds to; answers without text, or cut off; all in 80 columns."""
         def learn(own, ticket, now):
             own.rate, own.window, own.chance = 2.5, 3, 7
             THROTTLE.answered(own, ticket, now)
 
-        def answer(text, reason, **message):
-            return reply("", choices=[{"message": dict(message, content=text),
-                                       "finish_reason": reason}])
+        def answer(text, reason):
+            return reply("", choices=[{"message": {"content": text}, "finish_reason": reason}])
+
+        def values(stats):
+            return stats.rate, stats.window, stats.chance, stats.empty, stats.cut_off
         self.throttle(answered=learn)
         models = ["m", "n" * 24, "o" * 25, "p" * 60]
         with Server(hang_up(), answer("", "stop"), answer("x", "length"), answer("", "length"),
-                    answer(None, "tool_calls", tool_calls=[{}]),
-                    forever=lambda _: reply("yes")) as server:
+                    answer(None, "tool_calls"), forever=lambda _: reply("yes")) as server:
             with self.client(server) as client:
                 for model in models[:1] * 4 + models[1:]:
                     client.ask("Hi", model=model)
                 metrics = client.metrics
-        stats, *others = metrics.values()
-        self.assertEqual((stats.rate, stats.window, stats.chance, stats.empty, stats.cut_off),
-                         (2.5, 3, 7, 2, 2))
-        self.assertEqual(dict(stats.statuses), {None: 1, 200: 4})
-        total = metrics + metrics
-        stats = total[min(total)]
-        self.assertEqual((stats.rate, stats.window, stats.chance, stats.empty, stats.cut_off),
-                         (None, None, 14, 4, 4))
-        stats.statuses.update({code: 10 ** 7 for code in RETRIED})
-        table = str(total)
+        self.assertEqual(values(metrics[self.KEY]), (2.5, 3, 7, 2, 2))
+        stats = (metrics + metrics)[self.KEY]
+        self.assertEqual((values(stats), dict(stats.statuses)),
+                         ((None, None, 14, 4, 4), {None: 2, 200: 8}))
+        metrics[self.KEY].statuses.update({code: 10 ** 7 for code in RETRIED})
+        table = str(metrics)
         self.assertLessEqual(max(map(len, table.split("\n"))), 80)
         self.assertRegex(table, r"\Amodel +requests +answers +retries +p50 s +p95 s +max s\n"
-                                r"m +10 +8 +2 +\d")
-        for words in models + ["none x 2", "14 refused by chance"]:
+                                r"m +5 +4 +1 +\d")
+        for words in models + ["none x 1", "7 refused by chance"]:
             self.assertIn(words, table.replace("\n  ", " "))
 
 
@@ -1426,19 +1745,9 @@ class ADeadline(Case):
         for count, options in ((2, dict(timeout=0.1, max_retries=1)), (1, dict(deadline=0.1))):
             error = self.outcome(*[stall()] * count, **options)
             self.assertIs(type(error), cometlimit.APITimeoutError)
-            self.assertEqual((error.code, error.attempts), ("timeout", count))
+            self.assertEqual((error.code, [record.error for record in error.records]),
+                             ("timeout", ["timeout"] * count))
             self.assertRegex(str(error), r"^no answer from 127\.0\.0\.1:\d+ within 0\.1 s: raise")
-
-    def test_is_not_stretched_by_a_server_that_drips(self):
-        """The timeout is hard, whichever part of the answer trickles."""
-        self.real_time()
-        parts = ["status", "headers", "body", "chunks"]
-        with Server(*[drip(part, 3.0) for part in parts]) as server:
-            with self.client(server, timeout=0.3, max_retries=0, max_concurrency=4) as client:
-                for error in client.map(parts, return_exceptions=True):
-                    self.assertIs(type(error), cometlimit.APITimeoutError)
-                    self.assertLess(error.records[0].latency, 1.5)
-
 
 class BadInput(Case):
     """Is a ConfigurationError that says what was met, before anything is sent."""
@@ -1572,14 +1881,18 @@ class TheKey(Case):
                 self.assertEqual([text for text in shown if KEY in text], [])
 
     def test_is_not_shown_as_json_writes_it(self):
-        """In a body that is JSON, and in one that is none; what stands before it stays."""
-        for form in (KEY, json.dumps(KEY)[1:-1], KEY.replace("/", "\\/"),
+        """In a body that is JSON, twice over, cut off, or none; what stands before it stays."""
+        twice = KEY[:2] + "".join("\\\\u%04x" % ord(sign) for sign in KEY[2:])
+        for form in (KEY, json.dumps(KEY)[1:-1], KEY.replace("/", "\\/"), twice,
                      "".join("\\u%04X" % ord(sign) for sign in KEY)):
-            for text in ("<p>%s</p>", "[1, %s", '{"a": "b\\\\%s"}'):
+            for text in ("<p>%s</p>", "[1, %s", '{"a": "b %s"}'):
                 with self.subTest(form=form, text=text):
                     body = self.outcome(status(401, text % form)).body
                     shown = json.dumps(body) if isinstance(body, dict) else body
                     self.assertEqual(shown, text % "***")
+        body = self.outcome(status(401, "x" * (cometlimit._MAX_ERROR - 6) + KEY)).body
+        self.assertNotIn(KEY[:3], body)
+        self.assertEqual(cometlimit._hider("none")("there is none"), "there is none")
 
     def test_does_not_follow_a_redirect(self):
         """No other host, and no other path, ever sees it."""
@@ -1594,103 +1907,60 @@ class TheKey(Case):
 class TheEnd(Case):
     """Whatever waits can be woken, and nothing runs on."""
 
-    def test_of_a_with_block_waits_for_what_was_submitted(self):
-        """All is answered, and its callbacks have run to their end."""
-        self.fast_clock()
-        texts = []
-
-        def note(call):
-            time.sleep(0.2 if call.result().text == "19" else 0.0)
-            texts.append(call.result().text)
-        with Server(*[status(503)] * 2, forever=reply_echo) as server:
-            with self.client(server, max_concurrency=2) as client:
-                for number in range(20):
-                    client.submit(str(number)).add_done_callback(note)
-            self.assertEqual(sorted(texts, key=int), [str(number) for number in range(20)])
-            self.assertEqual(len(server.requests), 22)
-
-    def test_of_what_is_cancelled_does_not_wait_for_its_turn(self):
-        """Held back by a refusal, it holds neither the block nor who waits for it."""
+    def test_is_quick(self):
+        """By an exception in the with block: all that waits fails, what is in flight is hung up on.
+        By stop(): what is in flight comes back, but is not tried again."""
+        def wait(condition, seconds):  # who waits is slow to go, and must not be sent meanwhile
+            condition.wait(min(seconds, TIMEOUT))
+            condition.release()
+            time.sleep(0.1)
+            condition.acquire()
         self.real_time()
-        self.throttle(wait=lambda *_: 20.0)
-        with Server() as server:
-            start = time.monotonic()
-            with self.client(server) as client:
-                calls = [client.submit(prompt) for prompt in "abcd"]
-                for call in calls[::-1]:
-                    self.assertTrue(call.cancel())
-                self.assertEqual(concurrent.futures.wait(calls, TIMEOUT).not_done, set())
-            self.assertLess(time.monotonic() - start, 5.0)
+        cometlimit._wait = wait
+        for way in ("closed", "stopped"):
+            seen, gate = threading.Event(), threading.Event()
 
-    def test_of_a_with_block_by_an_exception_is_immediate(self):
-        """What waits fails, what is in flight is hung up on."""
-        self.real_time()
-        gone = threading.Event()
-        with Server(stall(gone)) as server:
-            with self.assertRaises(ZeroDivisionError), self.client(server) as client:
-                calls = [client.submit("Hi") for _ in range(3)]
-                server.await_requests(1)
-                1 / 0
-            self.assertTrue(gone.wait(TIMEOUT))
-            for call in calls:
-                self.assert_error(call.exception(0), cometlimit.Error, GONE, code="cancelled")
-
-    def test_wakes_whatever_waits(self):
-        """close() ends what is in flight, in backoff and in the line, in less than a second; each
-        error has as many records as attempts."""
-        self.real_time()
-        gone, seen = threading.Event(), threading.Event()
-        with Server(status(503), stall(gone)) as server:
-            client = self.client(server, on_record=lambda record: seen.set())
-            rests = client.submit("rests", model="n")
-            self.assertTrue(seen.wait(TIMEOUT))
-            flies = client.submit("flies")
-            server.await_requests(2)
-            waits = client.submit("waits")
-            start = time.monotonic()
-            client.close()
-            for call, attempts in ((rests, 1), (flies, 1), (waits, 0)):
-                error = call.exception(TIMEOUT)
-                self.assert_error(error, cometlimit.Error, GONE, code="cancelled",
-                                  attempts=attempts)
-                self.assertEqual(len(error.records), attempts)
-            self.assertLess(time.monotonic() - start, 1.0)
-            self.assertTrue(gone.wait(TIMEOUT))
-            self.threads_end()
-            with self.assertRaisesRegex(cometlimit.ConfigurationError,
-                                        "^the client was closed: make a new one$"):
-                client.ask("Hi")
-            client.close()
-
-    def test_by_stop_lets_what_is_in_flight_come_back(self):
-        """Nothing more is sent, not even once more; what waits fails at once."""
-        self.real_time()
-        seen, gate = threading.Event(), threading.Event()
-
-        def line(request):
-            if request.prompt != "rests":
-                gate.wait(TIMEOUT)
-            return reply_echo(request) if request.prompt == "flies" else status(503)
-        with Server(forever=line) as server:
-            with self.client(server, max_concurrency=2,
-                             on_record=lambda record: seen.set()) as client:
-                rests = client.submit("rests", model="n")
-                self.assertTrue(seen.wait(TIMEOUT))
-                flies, fails = client.submit("flies"), client.submit("fails")
-                server.await_requests(3)
-                waits = client.submit("waits")
-                client.stop()
-                for call, attempts in ((rests, 1), (waits, 0)):
-                    self.assert_error(call.exception(TIMEOUT), cometlimit.Error, "given up: the "
-                                      "client was stopped", code="cancelled", attempts=attempts)
-                self.assertFalse(flies.done() or fails.done())
-                with self.assertRaisesRegex(cometlimit.ConfigurationError,
-                                            "^the client was stopped: make a new one$"):
-                    client.submit("late")
+            def line(request):
+                if request.prompt != "rests":
+                    gate.wait(TIMEOUT)
+                return reply_echo(request) if request.prompt == "flies" else status(503)
+            with self.subTest(way=way), Server(forever=line) as server:
+                with contextlib.suppress(ZeroDivisionError), self.client(
+                        server, max_concurrency=2, deadline=1e6,
+                        on_record=lambda _: seen.set()) as client:
+                    calls = [client.submit("rests", model="n")]  # in backoff
+                    self.assertTrue(seen.wait(TIMEOUT))
+                    calls += [client.submit("flies"), client.submit("fails")]
+                    server.await_requests(3)
+                    calls.append(client.submit("waits"))
+                    start = time.monotonic()
+                    if way == "closed":
+                        1 / 0
+                    client.stop()
+                    for call in (calls[0], calls[3]):
+                        call.exception(TIMEOUT)
+                    self.assertLess(time.monotonic() - start, 2.0)
+                    self.assertFalse(calls[1].done() or calls[2].done())
+                    with self.assertRaisesRegex(cometlimit.ConfigurationError,
+                                                "^the client was stopped: make a new one$"):
+                        client.submit("late")
+                    gate.set()
+                gone = [call.exception(TIMEOUT) for call in calls]
+                if way == "closed":
+                    self.assertLess(time.monotonic() - start, 2.0)
+                    self.threads_end()
+                    with self.assertRaisesRegex(cometlimit.ConfigurationError,
+                                                "^the client was closed: make a new one$"):
+                        client.ask("Hi")
+                else:
+                    self.assertEqual((calls[1].result().text, gone[2].status_code), ("flies", 503))
+                    del gone[1:3], calls[1:3]
+                for call, error in zip(calls, gone):
+                    self.assert_error(error, cometlimit.Error, "given up: the client was " + way,
+                                      code="cancelled")
+                    attempts = 0 if call is calls[-1] else 1
+                    self.assertEqual((error.attempts, len(error.records)), (attempts,) * 2)
                 gate.set()
-            self.assertEqual(flies.result(0).text, "flies")
-            self.assertEqual((fails.exception(0).status_code, fails.exception(0).attempts),
-                             (503, 1))
             self.assertEqual(len(server.requests), 3)
 
     def test_comes_to_idle_threads(self):
@@ -1738,18 +2008,7 @@ class TheEnd(Case):
                         process.kill()
                 self.assertIn("KeyboardInterrupt", text)
                 self.assertNotIn("Exception in thread", text)
-                self.assertLess(took, 1.0)
-
-    def test_of_the_interpreter_waits_for_what_was_submitted(self):
-        """Without a with block it is still sent, and its callbacks run."""
-        with Server(forever=reply_echo) as server, self.process(
-                server, "[client.submit(str(n)).add_done_callback(lambda call: print("
-                "call.result().text, flush=True)) for n in range(12)]") as process:
-            try:
-                out, err = process.communicate(timeout=TIMEOUT)
-            finally:
-                process.kill()
-        self.assertEqual((sorted(map(int, out.split())), err), (list(range(12)), b""))
+                self.assertLess(took, 2.0)  # on a busy machine
 
     def test_of_a_callback_is_not_that_of_a_thread(self):
         """A callback that raises, sys.exit() included, costs no other answer and no thread. One
@@ -1779,58 +2038,6 @@ class TheEnd(Case):
                         gate.set()
                 self.assertEqual(len(logs.records), 5)
         self.assertEqual(len(asked), 2)
-
-    @unittest.skipUnless(hasattr(os, "fork"), "there is no fork here")
-    def test_of_a_fork_is_of_no_concern_to_the_other(self):
-        """A child has connections and threads of its own; the parent's live on."""
-        with Server(forever=reply_echo) as server, self.client(server) as client:
-            self.assertEqual(client.ask("a"), "a")
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # the newest warn of a fork with threads
-                child = os.fork()
-            if not child:
-                try:
-                    os._exit(client.ask("b") != "b")
-                finally:
-                    os._exit(2)
-            self.assertEqual(client.ask("c"), "c")
-            self.assertEqual(os.waitpid(child, 0)[1], 0)
-            self.assertEqual({request.prompt: request.connection for request in server.requests},
-                             {"a": 1, "b": 2, "c": 1})
-
-
-class TheWire(Case):
-    """TLS and proxies, lightly."""
-
-    def test_is_verified_tls(self):
-        """A private CA is trusted where it is named, by option or environment; no other is."""
-        authority, _ = certificate("ca"), certificate("127.0.0.1")
-        with Server(reply("yes"), tls="127.0.0.1") as server:
-            self.assertEqual(self.client(server, ca_file=authority).ask("Hi"), "yes")
-            with self.assertRaisesRegex(cometlimit.APIConnectionError, "not trusted") as caught:
-                self.client(server).ask("Hi")
-            self.assertEqual(caught.exception.attempts, 1)
-        for name in ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE"):
-            os.environ[name] = authority
-            with self.subTest(name=name), Server(reply("yes"), tls="127.0.0.1") as server:
-                self.assertEqual(self.client(server).ask("Hi"), "yes")
-            del os.environ[name]
-
-    def test_goes_through_a_proxy(self):
-        """By CONNECT for https; a proxy that refuses is told, once."""
-        authority, _ = certificate("ca"), certificate("127.0.0.1")
-        with Proxy() as proxy, Server(reply("yes"), tls="127.0.0.1") as server:
-            os.environ["https_proxy"] = "http://me:p%%40ss@127.0.0.1:%d" % proxy.port
-            with self.client(server, ca_file=authority) as client:
-                self.assertEqual(client.ask("Hi"), "yes")
-            self.assertRegex(proxy.heads[0], r"\ACONNECT 127\.0\.0\.1:%d " % server.port)
-            self.assertNotIn(KEY, "".join(proxy.heads))
-        with Proxy(refuse=407) as proxy, Server(tls="127.0.0.1") as server:
-            os.environ["https_proxy"] = "127.0.0.1:%d" % proxy.port
-            with self.assertRaisesRegex(cometlimit.APIConnectionError,
-                                        "^the proxy 127.0.0.1:%d refuses: 407" % proxy.port):
-                self.client(server, ca_file=authority).ask("Hi")
-            self.assertEqual(len(proxy.heads), 1)
 
 
 def line(value):
@@ -1907,7 +2114,7 @@ class CommandLine(Case):
             sys.stdin = io.TextIOWrapper(file, "ascii")
             sys.stdout, sys.stderr = [io.TextIOWrapper(io.BytesIO(), "ascii") for _ in "oe"]
             try:
-                code = cometlimit.main(["-m", "m", "--retries", "0"] + list(argv))
+                code = cometlimit.main(["-m", "m", "--max-retries", "0"] + list(argv))
                 texts = []
                 for stream in (sys.stdout, sys.stderr):
                     stream.flush()
@@ -1923,7 +2130,7 @@ class CommandLine(Case):
         """A process of the program, killed with the test if it is still there."""
         options = dict(dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE), **options)
         process = subprocess.Popen(
-            list(wrap) + PROGRAM + ["-m", "m", "--retries", "0"] + list(argv), **options)
+            list(wrap) + PROGRAM + ["-m", "m", "--max-retries", "0"] + list(argv), **options)
 
         def end():
             process.kill()
@@ -1955,10 +2162,25 @@ class Prompts(CommandLine):
 
     def test_one_that_fails_is_null(self):
         """A failed prompt is null in its place; its error is on stderr, and the status is 1."""
-        with self.serve(reply("one"), status(400, {"error": {"message": "not this"}}), reply("3")):
-            out = self.cli("-c", "1", "-q", "a", "b", "c", expect=1)
-        self.assertEqual(json.loads(out.decode()), ["one", None, "3"])
-        self.assertIn("not this", self.err)
+        bad = status(400, {"error": {"message": "not this"}})
+        with self.serve(forever=lambda request: bad if request.prompt == "b" else (
+                reply_echo(request))):
+            out = self.cli("a", "b", "c", expect=1)
+            self.assertEqual(json.loads(out.decode()), ["a", None, "c"])
+            self.assertEqual(self.err.count("not this"), 1)
+            self.assertEqual(self.cli("b", expect=1), b"[null]\n")
+            self.assertEqual(self.err, "cometlimit: line-1: HTTP 400: not this\n")
+            self.assertEqual(self.cli("--text", "-q", "a", "b", "c", expect=1), b"a\nc\n")
+
+    def test_are_answered_by_bare_text(self):
+        """--text: one answer after the other, each with a newline, in order; no table for one."""
+        with self.serve(forever=reply_echo):
+            self.assertEqual(self.cli("--text", "two\nlines", "é"), "two\nlines\né\n".encode())
+            self.assertEqual(self.cli("--text", "a"), b"a\n")
+            self.assertEqual(self.err, "")
+            self.assertEqual(self.cli("--text", stdin=b"a\nb\n"), b"a\nb\n")
+            self.write("in", rows(2))
+            self.assertEqual(self.cli("--text", "-i", "in"), b"p0\np1\n")
 
     def test_are_taken_as_they_stand(self):
         """What looks like JSON or has line ends is still one prompt, and reaches the model."""
@@ -1971,7 +2193,7 @@ class Prompts(CommandLine):
         for stdin, expected in (
                 (b"", []), (b"a", ["a"]), (b"a\r\n\n  \nb\n", ["a", "b"]),
                 (BOM + b"a\n" + BOM + b"b\n", ["a", "b"]),
-                (b"{not json\n[draft] b\n12\n", ["{not json", "[draft] b", "12"]),
+                (b"[draft] b\n12\n[1]\n", ["[draft] b", "12", "[1]"]),
                 ("a\u2028b\x85c\x0bd\n".encode(), ["a\u2028b\x85c\x0bd"]),
                 ("«oui»\n«non»\n".encode(), ["«oui»", "«non»"]),
                 ("！（x）\n！y\n".encode(), ["！（x）", "！y"]), (b"a\n\0\0\0", ["a"])):
@@ -1981,14 +2203,17 @@ class Prompts(CommandLine):
 
     def test_are_answered_readably(self):
         """Letters of all scripts stand as themselves, half surrogates as escapes."""
-        with self.serve(reply("Grüße 漢字 \U0001f600"), reply("half \ud83d")):
-            out = self.cli("-c", "1", "a", "b").decode()
+        with self.serve(reply("Grüße 漢字 \U0001f600")):
+            out = self.cli("a").decode()
         self.assertIn("Grüße 漢字 \U0001f600", out)
-        self.assertEqual(json.loads(out), ["Grüße 漢字 \U0001f600", "half \ud83d"])
+        with self.serve(reply("half \ud83d")):
+            self.assertEqual(self.cli("a"), b'["half \\ud83d"]\n')
 
     def test_have_their_places_even_after_a_stop(self):
         """However a run ends, the array has a place for every prompt, null without an answer."""
-        with self.serve(reply("0"), forever=self.tiring(status(401, "bad key"))):
+        tired = self.tiring(status(401, "bad key"), 10)
+        with self.serve(forever=lambda request: reply("0") if request.prompt == "0" else (
+                tired(request))):
             out = self.cli("-c", "1", *map(str, range(30)), expect=3)
         self.assertEqual(json.loads(out.decode()), ["0"] + [None] * 29)
 
@@ -1999,7 +2224,7 @@ class Prompts(CommandLine):
             time.sleep(0.5)
             return reply_echo(request)
         with self.serve(forever=late) as server:
-            process = self.start("-c", "3", "--retries", "4", "0", "1", "2")
+            process = self.start("-c", "3", "--max-retries", "4", "0", "1", "2")
             server.await_requests(3)
             time.sleep(0.2)
             process.send_signal(signal.SIGTERM)
@@ -2010,7 +2235,7 @@ class Prompts(CommandLine):
 class InputRows(CommandLine):
 
     def test_may_have_many_forms(self):
-        """Batch requests, bare bodies, {"prompt": ...}, JSON strings and plain text are asked."""
+        """Batch requests, bare bodies, {"prompt": ...} and plain text are asked; null is absent."""
         chat = [{"role": "user", "content": "x"}]
         body = {"model": "own", "messages": chat}
         batch = {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": body}
@@ -2021,13 +2246,18 @@ class InputRows(CommandLine):
                 (batch, "a", body), (dict(batch, custom_id=7), "7", body), (bare, "line-1", bare),
                 ({"custom_id": "a", "body": body, "note": 1}, "a", body),
                 (dict(batch, url="https://host/v1/chat/completions"), "a", body),
+                (dict(batch, url=None, method=None, body=dict(body, stop=None)), "a", body),
+                ({"prompt": "x", "messages": None, "model": None, "n": None}, "line-1", said),
+                ({"prompt": None, "messages": chat, "custom_id": None}, "line-1", said),
                 ({"prompt": "x"}, "line-1", said), ({"prompt": chat}, "line-1", said),
+                ({"prompt": "x", "id": 3}, "3", said), ({"messages": chat, "id": "b"}, "b", said),
+                (dict(batch, id="c"), "a", body), ({"id": "a", "body": body}, "line-1", body),
                 ({"prompt": "x", "n": 2}, "line-1", dict(said, n=2)),
-                ({"prompt": "x", "self": 2}, "line-1", dict(said, self=2)),
+                ({"prompt": "x", "self": 2, "tag": 1}, "line-1", dict(said, self=2, tag=1)),
                 ({"custom_id": "é\ud800", "messages": chat}, "é\ud800", said),
-                ("x", "line-1", said),
                 (b"x\n", "line-1", said), (b"x", "line-1", said), (b"  x\r\n", "line-1", said),
-                (BOM + b"x\n", "line-1", said), (b'\n \n"x"\n', "line-3", said),
+                (BOM + b"x\n", "line-1", said), (b'\n \nx\n', "line-3", said),
+                (b'"x"\n', "line-1", dict(said, messages=[{"role": "user", "content": '"x"'}])),
                 (BOM + line(batch), "a", body), (line(batch) + b"\0\0\0\0", "a", body),
                 ('{"prompt": "x\u2028\x85y"}'.encode(), "line-1", wide)):
             with self.subTest(text=text), self.serve(reply("yes")) as server:
@@ -2039,23 +2269,57 @@ class InputRows(CommandLine):
     def test_that_are_bad_fail_alone(self):
         """A bad row becomes an error row with its line; it is not sent, and stops nothing."""
         batch = {"custom_id": "bad", "body": {"messages": [{"role": "user", "content": "x"}]}}
-        bad = [(b"{\n", "invalid_json_line"), (b'{"prompt": NaN}\n', "invalid_json_line"),
-               (b"\xff\xfe\n", "invalid_json_line"), (b"{" * 5000 + b"\n", "invalid_json_line")]
+        bad = [(text, "invalid_json_line") for text in (
+            b"{\n", b"{'prompt': 'x'}\n", b"\xff\xfe\n", b"{" * 5000 + b"\n", b"null\n",
+            b"123\n", b'["x"]\n')]
         bad += [(value, "invalid_request") for value in (
             dict(batch, url="/v1/embeddings"), dict(batch, method="GET"), dict(batch, body="x"),
             {"custom_id": "x"}, {"prompt": "x", "stream": True}, {"prompt": 5}, {"prompt": []},
-            b"[1, 2]\n", {"prompt": "x", "model": 5})]
+            {"prompt": "x", "messages": [{}]}, {"prompt": "x", "model": 5}, {"prompt": None},
+            {"prompt": "x", "timeout": 5})]
         for text, code in bad:
-            self.write("in", ["first", text, "last"])
-            with self.subTest(text=text):
-                with self.serve(reply("1"), reply("3")):
-                    self.cli("-c", "1", "-q", "-i", "in", "-o", "out", expect=1)
+            self.write("in", [{"prompt": "first"}, text, b"last\n"])
+            with self.subTest(text=text), self.serve(forever=reply_echo) as server:
+                self.cli("-q", "-i", "in", "-o", "out", expect=1)
                 error = self.results()[1]["error"]
                 self.assertEqual((error["code"], error["line"]), (code, 2))
-                self.assertEqual([text for _, text in self.answers()], ["1", code, "3"])
+                self.assertEqual([text for _, text in self.answers()], ["first", code, "last"])
                 os.unlink("out")
                 self.cli("--dry-run", "-i", "in", expect=1)
                 self.assertIn("3 rows, 1 bad", self.err)
+                self.assertRegex(self.err, error["message"][:30].replace("(", r"\("))
+                self.assertEqual(len(server.requests), 2)
+
+    def test_that_cannot_be_meant_are_refused(self):
+        """Files of another kind, ids of no use and empty prompts end the run; nothing is sent."""
+        document = [{"custom_id": "a", "prompt": "x"}, {"custom_id": "b", "prompt": "y"}]
+        for data, words in (
+                ("Say hello.\nBye.\n".encode("utf-16"), "UTF-16"),
+                ("Say hello.\nBye.\n".encode("utf-16-le"), "UTF-16"),
+                ('{"prompt": "x"}\n'.encode("utf-16-be"), "UTF-16"),
+                ("Say hello.\n".encode("utf-32"), "UTF-16"),
+                (gzip.compress(b"Say hello.\n"), "packed"), (b"PK\3\4\x14\0zip", "packed"),
+                (lzma.compress(b"Say hello.\n"), "packed"),
+                (json.dumps(document, indent=2).encode(), "JSON document"),
+                (json.dumps(document).encode(), "JSON document"), (b'["a",\n"b"]\n', "document"),
+                (json.dumps(document[0], indent=2).encode(), "JSON document"),
+                (b'id,prompt\n1,"Hello, you"\n2,"So ""it"" is, then"\n', "CSV"),
+                (b'{"custom_id": 1001.0, "prompt": "x"}\n', "line-1.*custom_id.*1001.0"),
+                (b'plain\n{"custom_id": true, "prompt": "x"}\n', "line-2.*custom_id.*True"),
+                (b'{"prompt": "x"}\n{"prompt": " "}\n', "line-2.*empty"),
+                (b'{"messages": [{"role": "user", "content": ""}]}\n', "line-1.*empty")):
+            with self.subTest(data=data[:40]), self.serve():
+                self.write("in", [data])
+                self.cli("-i", "in", "-o", "out", expect=2)
+                self.assertRegex(self.err, "(?s)error: .*" + words)
+                self.cli("-", stdin=data, expect=2)
+        with self.serve():
+            self.cli("a", "", expect=2)
+            self.assertIn("empty", self.err)
+            self.finish(self.start("-"), 2, stdin="Say hello.\n".encode("utf-16"))
+        with self.serve(forever=reply_echo):  # quotes alone make no CSV
+            for text in (b'"To be", who said "or not"?\n', b'Who said "I have a dream"?\n'):
+                self.cli("-", stdin=text * 2)
 
     def test_with_one_name_are_refused(self):
         """Two rows of one custom_id end the run before anything is sent."""
@@ -2103,7 +2367,7 @@ class OutputRows(CommandLine):
                                              "body": answer}, None),
                 (status(400, refusal, head), {"status_code": 400, "request_id": "q1",
                                               "body": refusal}, "odd"),
-                (status(404, {"detail": "x"}), {"status_code": 404, "request_id": None,
+                (status(404, {"detail": "x"}), {"status_code": 404, "request_id": "ours",
                                                 "body": {"detail": "x"}}, "http_404"),
                 (hang_up(), None, "connection_error"), (stall(), None, "timeout")):
             with self.subTest(error=error), self.serve(script):
@@ -2111,7 +2375,9 @@ class OutputRows(CommandLine):
                 row = json.loads(self.cli("-q", "-i", "in", "--timeout", "0.3",
                                           expect=int(bool(error))).decode())
                 self.assertEqual(sorted(row), ["custom_id", "error", "id", "response"])
-                self.assertRegex(row["id"], "^batch_req_")
+                self.assertRegex(row["id"], "^batch_req_[0-9a-f]{16}_[0-9a-f]{16}$")
+                if response and response["request_id"] == "ours":  # as the server gave none
+                    response["request_id"] = row["id"]
                 self.assertEqual(row["response"], response)
                 self.assertEqual(row["error"] and row["error"]["code"], error)
                 self.assertIsInstance(row["error"] and row["error"]["message"], (str, type(None)))
@@ -2137,6 +2403,21 @@ class OutputRows(CommandLine):
         self.assertEqual(sorted(os.listdir(".")), ["in", "out", "piped"])
 
 
+    def test_wait_for_a_slow_one_in_bounds(self):
+        """In a pipe a result waits for those before it: 16 for each request in flight."""
+        self.write("in", rows(80))
+        asked = []
+
+        def late(request):
+            if request.prompt == "p0":
+                time.sleep(0.8)
+                asked.append(len(server.requests))
+            return reply_echo(request)
+        with self.serve(forever=late) as server:
+            self.cli("-c", "2", "-i", "in", "-o", "-")
+        self.assertTrue(20 < asked[0] <= 33, asked)
+
+
 class AResumedRun(CommandLine):
 
     def setUp(self):
@@ -2153,14 +2434,17 @@ class AResumedRun(CommandLine):
 
     def test_asks_only_what_is_missing_or_failed(self):
         """The same command again sends the rest; then nothing."""
-        with self.serve(reply("0"), status(400, "no"), reply("2"), status(400, "no")):
-            self.cli("-c", "1", "-i", "in", "-o", "out", expect=1)
-        self.assertIn("to go on: python3 ", self.err)
-        with self.serve(reply("1"), reply("3")) as server:
+        odd = lambda request: (  # noqa: E731
+            status(400, "no") if request.prompt in ("p1", "p3") else reply(request.prompt[1:]))
+        with self.serve(forever=odd):
+            self.cli("-i", "in", "-o", "out", expect=1)
+        self.assertIn("to go on: %s " % sys.executable, self.err)
+        with self.serve(forever=reply_echo) as server:
             self.cli("-c", "1", "-i", "in", "-o", "out")
-            self.assertEqual([request.prompt for request in server.requests], ["p1", "p3"])
-        self.assertEqual(self.answers(), [("r%d" % n, str(n)) for n in range(4)])
-        self.refused("-i", "in", "-o", "in", words="in is the input")
+            self.assertEqual(sorted(request.prompt for request in server.requests), ["p1", "p3"])
+        self.assertEqual(self.answers(), [
+            ("r0", "0"), ("r1", "p1"), ("r2", "2"), ("r3", "p3")])
+        self.refused("-i", "in", "-o", "in", words="is the input")
         before = self.read("out")
         with self.serve():
             self.cli("-i", "in", "-o", "out")
@@ -2180,7 +2464,7 @@ class AResumedRun(CommandLine):
                 (True, said({"error": {"message": "no"}})), (True, {"response": None}),
                 (True, {"response": []}), (True, {"error": {"code": "x", "message": "y"}}),
                 (True, said({"choices": []}, [])),
-                (False, {}), (False, {"response": {"choices": [{"message": {"content": "old"}}]}})):
+                (False, {})):
             with self.subTest(fields=fields):
                 kept = line(result("r0", **fields))
                 self.write("out", [kept] + [result("r%d" % n) for n in (1, 2, 3)])
@@ -2346,29 +2630,32 @@ class AnAccident(CommandLine):
         os.environ.update(LC_ALL="C", PYTHONCOERCECLOCALE="0", PYTHONUTF8="0")
         os.environ.pop("PYTHONIOENCODING", None)
         with self.serve(forever=reply_echo) as server:
-            out = self.finish(self.start("-q", "Grüße 漢".encode()), 0)
+            out = self.finish(self.start("-q", "--system", "é".encode(), "--param",
+                                         "user=ü".encode(), "Grüße 漢".encode()), 0)
         self.assertEqual(server.requests[0].prompt, "Grüße 漢")
+        self.assertEqual((server.requests[0].body["messages"][0]["content"],
+                          server.requests[0].body["user"]), ("é", "ü"))
         self.assertEqual(out.decode(), '["Grüße 漢"]\n')
 
 
 class ASignal(CommandLine):
 
     def test_lets_what_is_in_flight_come_back(self):
-        """Nothing more is sent, not even again; what was sent is written; 130 or 143."""
-        for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+        """Nothing more is sent, not even again; what was sent is written; 128 + N."""
+        for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)):
             def late(request):
                 server.await_requests(2)
                 time.sleep(0.3)
                 return status(503) if request.prompt == "p1" else reply_echo(request)
             with self.subTest(number=number), self.serve(forever=late) as server:
                 self.write("in", rows(50))
-                process = self.start("-c", "2", "--retries", "4", "-i", "in", "-o", "out")
+                process = self.start("-c", "2", "--max-retries", "4", "-i", "in", "-o", "out")
                 server.await_requests(2)
                 process.send_signal(number)
                 self.finish(process, code)
                 self.assertEqual(len(server.requests), 2)
                 self.assertEqual(self.answers()[0], ("r0", "p0"))
-                self.assertIn("to go on", self.err)
+                self.assertRegex(self.err, r"(?s)^stopping: 2 in flight, 5 s\n.*to go on")
                 os.unlink("out")
 
     def test_that_comes_twice_ends_at_once(self):
@@ -2398,60 +2685,150 @@ class ASignal(CommandLine):
             process.send_signal(signal.SIGINT)
             process.wait(TIMEOUT)  # stdin is closed later
             self.finish(process, 130)
-        cases = [("fifo1",), ("fifo2", "--dry-run")]
+        cases = [("fifo1",), ("fifo2", "--dry-run"), ("fifo3", "--shard", "1/1")]
         for name, *_ in cases:
             os.mkfifo(name)
         cases = [(name, self.start("-i", name, *argv)) for name, *argv in cases]
         for name, process in cases:
             with open(name, "wb"):  # which waits for its reader
                 time.sleep(0.1)
-                process.send_signal(signal.SIGINT)
+                process.send_signal(signal.SIGTERM if name == "fifo2" else signal.SIGINT)
                 process.wait(5)
-            self.finish(process, 130)
+            self.finish(process, 143 if name == "fifo2" else 130)
+
+    def test_is_ignored_where_it_was(self):
+        """As under nohup, or behind an & of a shell: it ends nothing."""
+        ignoring = ("import os, signal, sys\nfor n in (1, 2): signal.signal(n, signal.SIG_IGN)\n"
+                    "os.execv(sys.argv[1], sys.argv[1:])")
+        self.write("in", rows(2))
+        with self.serve(forever=lambda request: time.sleep(0.3) or reply_echo(request)) as server:
+            process = self.start("-i", "in", "-o", "out", wrap=(sys.executable, "-c", ignoring))
+            server.await_requests(1)
+            process.send_signal(signal.SIGHUP)
+            process.send_signal(signal.SIGINT)
+            self.finish(process, 0)
+
+    def test_leaves_a_few_seconds_to_what_is_in_flight(self):
+        """What has not come back by then is given up, and left to the next run."""
+        self.write("in", rows(3))
+        with self.serve(forever=lambda request: (
+                reply_echo(request) if request.prompt == "p0" else stall())):
+            kill = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM))
+            kill.start()
+            with unittest.mock.patch.object(cometlimit, "_GRACE", 0.4):
+                began = time.monotonic()
+                self.cli("-i", "in", "-o", "out", expect=143)
+            self.assertTrue(0.6 < time.monotonic() - began < 3.0)
+            kill.join()
+        self.assertEqual(self.answers(), [("r0", "p0")])
+        self.assertIn("stopped: SIGTERM", self.err)
 
 
 class AStop(CommandLine):
 
-    def test_comes_with_the_deadline(self):
-        """What is in flight then is still written, the rest is left: 3, and resumable."""
-        def late(request):
-            time.sleep(0.7 if request.prompt == "p1" else 0.0)
-            return reply_echo(request)
-        self.write("in", rows(4))
-        with self.serve(forever=late) as server:
-            self.cli("-c", "1", "--deadline", "0.4", "-i", "in", "-o", "out", expect=3)
-            self.assertEqual(len(server.requests), 2)
-        self.assertEqual(self.answers(), [("r0", "p0"), ("r1", "p1")])
-        with self.serve(reply("p2"), reply("p3")):
+    NO = {401: "no", 402: {"error": {"code": "insufficient_quota"}},
+          403: "no", 404: {"error": {"code": "model_not_found"}},
+          503: {"error": {"code": "model_not_found"}}, 200: "<html>", 302: "",
+          429: {"error": {"code": "insufficient_quota"}}}
+
+    def test_comes_where_rows_from_everywhere_fail_alike(self):
+        """A wrong key or URL, an unknown model or no money: after ten rows, and 3."""
+        self.write("in", rows(40))
+        for code, body in self.NO.items():
+            tired = self.tiring(status(code, body), 10)
+            with self.subTest(code=code), self.serve(forever=tired) as server:
+                self.cli("-i", "in", "-o", "out", expect=3)
+                asked = [int(request.prompt[1:]) for request in server.requests]
+                self.assertTrue(10 <= len(asked) <= 15, asked)
+                self.assertGreater(max(asked), 20)  # some lie far on
+                self.assertRegex(self.err, "stopped: rows of m fail alike: .*\n")
+                os.unlink("out")
+
+    def test_comes_not_for_rows_that_fail_in_a_heap(self):
+        """What a filter refuses stands together: the others are answered, in the first run."""
+        self.write("in", rows(60))
+        flagged = lambda request: (  # noqa: E731
+            status(403, "flagged") if int(request.prompt[1:]) < 30 else reply_echo(request))
+        for source in (("-i", "in"), ("-i", "-")):
+            with self.subTest(source=source), self.serve(forever=flagged):
+                if source[1] == "in":
+                    self.cli(*source, "-o", "out", expect=1)
+                else:  # a pipe cannot be read ahead for ever
+                    self.finish(self.start(*source, "-o", "out"), 1, stdin=self.read("in"))
+                self.assertEqual([text for _, text in self.answers()],
+                                 ["http_403"] * 30 + ["p%d" % n for n in range(30, 60)])
+                os.unlink("out")
+
+    def test_comes_to_one_model_alone(self):
+        """A model that is gone keeps none of the others' rows from being answered: 1."""
+        self.write("in", [dict(row, model="gone" if n < 110 else "here")
+                          for n, row in enumerate(rows(140))])
+        gone = status(404, self.NO[404])
+        with self.serve(forever=lambda request: gone if request.body["model"] == "gone" else (
+                reply_echo(request))) as server:
+            self.cli("-i", "in", "-o", "out", expect=1)
+            self.assertLess(len(server.requests), 50)
+            self.assertEqual(sum(text[0] == "p" for _, text in self.answers()), 30)
+            self.assertRegex(self.err, r"\b(100|9\d) left.*\n.*stopped: rows of gone")
+            self.write("piped", [self.cli("-i", "in", "-o", "-", expect=1)])
+            self.assertEqual(self.answers("piped")[-30:],
+                             [("r%d" % n, "p%d" % n) for n in range(110, 140)])
+
+    def test_comes_where_no_model_is_there(self):
+        """A wrong key in a file of many models: three of them are tried, and 3."""
+        self.write("in", [dict(row, model="m%d" % (n % 20)) for n, row in enumerate(rows(400))])
+        tired = self.tiring(status(401, "bad key"), 100)
+        with self.serve(forever=tired) as server:
+            self.cli("-i", "in", "-o", "out", expect=3)
+            self.assertLess(len(server.requests), 200)
+        self.assertIn("stopped: rows of m", self.err)
+
+    def test_has_patience_with_failures_that_may_pass(self):
+        """Fifty samples, where a server that has answered is down for a while."""
+        self.write("in", rows(80))
+        count = itertools.count()
+        with self.serve(forever=lambda request: (
+                status(500) if 5 <= next(count) < 45 else reply_echo(request))) as server:
+            self.fast_clock(1000.0)
+            self.cli("-c", "2", "-i", "in", "-o", "out", expect=1)
+            self.assertEqual(len(server.requests), 80)
+
+    def test_comes_where_no_server_is(self):
+        """A server that is never reached: the reason is told, and the run ends, resumable."""
+        self.write("in", rows(40))
+        with socket.socket() as closed:
+            closed.bind(("127.0.0.1", 0))
+            place = "127.0.0.1:%d" % closed.getsockname()[1]
+            os.environ["COMETAPI_BASE_URL"] = "http://%s/v1" % place
+            self.fast_clock(50.0)
+            self.cli("-i", "in", "-o", "out", expect=3)
+            self.assertIn("no connection to " + place, self.err)
+            with unittest.mock.patch.multiple(cometlimit, _UNREACHED=0.02, _PLAIN=0.2):
+                self.real_time()
+                self.cli("--max-retries", "9", "-i", "in", "-o", "out", expect=3)
+            self.assertRegex(self.err, "0/40 done, 0.0/s, .*no connection to %s\n" % place)
+            self.assertRegex(self.err, "never reached: no connection to %s\n" % place)
+
+    def test_comes_at_once_with_a_wish_for_hours(self):
+        """A daily limit is not tried again and again: 3, and the hour to come back at."""
+        self.write("in", rows(40))
+        daily = status(429, "x", {"Retry-After": "27780"})
+        with self.serve(forever=lambda request: (
+                reply_echo(request) if request.prompt == "p0" else daily)) as server:
+            self.cli("--max-retries", "4", "-i", "in", "-o", "out", expect=3)
+            self.assertLess(len(server.requests), 12)
+        self.assertRegex(self.err, r"stopped: .*come back at \d\d:\d\d\n")
+        self.assertEqual(self.answers(), [("r0", "p0")])  # the others are left
+
+    def test_comes_when_the_tokens_are_used(self):
+        """--max-tokens-total: 3, and how many were used; none of a file's earlier runs count."""
+        self.write("in", rows(30))
+        with self.serve(forever=reply_echo) as server:
+            self.cli("-c", "1", "--max-tokens-total", "22", "-i", "in", "-o", "out", expect=3)
+            self.assertTrue(5 <= len(server.requests) <= 7)
+            self.assertRegex(self.err, r"stopped: \d\d tokens were used")
             self.cli("-i", "in", "-o", "out")
-
-    def test_comes_where_all_fail_alike_and_for_good(self):
-        """A wrong key, an unknown model or an empty account end the run after a few rows; odd
-        rows do not."""
-        self.write("in", rows(18))
-        refuse, quota = {"error": {"message": "no"}}, {"error": {
-            "message": "no", "code": "insufficient_quota"}}
-        unknown = {"error": {"message": "no", "code": "model_not_found"}}
-        for code, body in ((401, refuse), (403, refuse), (404, unknown), (503, unknown),
-                           (429, quota), (402, refuse)):
-            line = self.tiring(status(code, body))
-            with self.subTest(code=code), self.serve(forever=line) as server:
-                self.cli("-c", "1", "-i", "in", "-o", "out", expect=3)
-                self.assertTrue(2 <= len(server.requests) <= 10, len(server.requests))
-                self.assertIn("to go on", self.err)
-        kinds = itertools.cycle((status(404, unknown), status(402, refuse)))
-        with self.serve(forever=lambda request: time.sleep(0.05) or next(kinds)):
-            self.cli("-c", "1", "-i", "in", "-o", "out", expect=3)  # two models' rows, say
-        script = [status(400, refuse)] * 10 + ([status(404, unknown)] * 3 + [reply("x")]) * 2
-        with self.serve(*script):  # the rows of above are asked again
-            self.cli("-c", "1", "-i", "in", "-o", "out", expect=1)
-        self.assertRegex(self.err, r"(?s)10 x http_400.*6 x model_not_found.*2 answered, 16 failed")
-
-    def test_comes_with_max_failures(self):
-        """After so many failed rows."""
-        self.write("in", rows(9))
-        with self.serve(status(400, "no"), reply("1"), status(400, "no")):
-            self.cli("-c", "1", "--max-failures", "2", "-i", "in", "-o", "out", expect=3)
+        self.assertRegex(self.err, r"tokens: 1\d\d in this run, 150 in all of ")
 
 
 class AnOption(CommandLine):
@@ -2472,7 +2849,8 @@ class AnOption(CommandLine):
         self.write("in", rows(3) + [{"prompt": "x", "model": "own"}])
         with self.serve():
             self.cli("--dry-run", "-i", "in", "-o", "out")
-            self.assertIn("4 rows, 0 bad; by model: m x 3, own x 1", self.err)
+            self.assertIn("4 rows, 0 bad; by model: m x 3, own x 1; 0 answered already; 1",
+                          self.err)
             self.finish(self.start("--dry-run"), 0, stdin=b"a\nb\n")
             self.assertIn("2 rows, 0 bad", self.err)
         self.assertEqual(os.listdir("."), ["in"])
@@ -2482,7 +2860,7 @@ class AnOption(CommandLine):
         self.write("in", rows(1))
         cometlimit._wait, cometlimit._now = self.wait, lambda: self.now  # nothing is waited for
         with self.serve(status(429, "x"), reply("yes"), reply("yes")):
-            self.cli("--retries", "1", "-i", "in", "--joblog", "log")
+            self.cli("--max-retries", "1", "-i", "in", "--joblog", "log")
             self.cli("-i", "in", "--joblog", "log")
         self.assertEqual([tuple(row[name] for name in ("status", "attempt", "model", "route"))
                           for row in self.results("log")], [
@@ -2493,28 +2871,95 @@ class AnOption(CommandLine):
             self.cli("-i", "in", "-o", "out", "--joblog", "in", expect=2)
         self.assertEqual(self.read("in"), before)
 
-    def test_api_key_env_names_where_the_key_is(self):
-        """There alone it is looked for; there is no option that shows it to the world."""
-        os.environ["OTHER_KEY"] = os.environ.pop("COMETAPI_KEY")
-        with self.serve(reply("yes")) as server:
-            self.cli("--api-key-env", "OTHER_KEY", "--joblog", "log", "a")
-            self.assertEqual(server.requests[0].headers["authorization"], "Bearer " + KEY)
-            for argv, words in ((("a",), "set COMETAPI_KEY"), (("--api-key-env", "NO", "a"), "NO"),
-                                (("--api-key", KEY, "a"), "--api-key")):
+    def test_never_shows_the_key(self):
+        """Nor is there an option for it: an attempt at one is refused, without its value."""
+        for argv in (("--api-key", KEY, "a"), ("--api-key=" + KEY, "a"), ("a", "--key=" + KEY)):
+            with self.subTest(argv=argv), self.serve():
                 self.cli(*argv, expect=2)
-                self.assertIn(words, self.err)
                 self.assertNotIn(KEY, self.err)
+        with self.serve(reply("yes")) as server:
+            self.cli("a", "--joblog", "log")
+            self.assertEqual(server.requests[0].headers["authorization"], "Bearer " + KEY)
+            del os.environ["COMETAPI_KEY"]
+            self.cli("a", "--base-url", "https://127.0.0.1:9/v1", expect=2)
+            self.assertEqual(self.err, "cometlimit: error: there is no API key: "
+                                       "set COMETAPI_KEY\n")
+        self.assertNotIn(KEY.encode(), self.read("log"))
+
+    def test_header_goes_with_each_request(self):
+        """Its own login in the place of the key's; a command with secrets is not shown again."""
+        with self.serve(forever=lambda request: status(400)) as server:
+            self.write("in", rows(1))
+            self.cli("--header", "Authorization: Basic c2VjcmV0", "--header", "X-Team:a:b",
+                     "-i", "in", "-o", "out", expect=1)
+            headers = server.requests[0].headers
+        self.assertEqual((headers["authorization"], headers["x-team"]), ("Basic c2VjcmV0", "a:b"))
+        self.assertNotIn("c2VjcmV0", self.err)
+        self.assertIn("to go on: the same command", self.err)
+
+    def test_param_takes_json_words_and_files(self):
+        """What cannot be meant as JSON is a text; what is broken JSON is refused."""
+        self.write("f.json", [BOM + b'{"type": ["\xc3\xa9"]}\n'])
+        self.write("f.txt", [b"Be brief.\nAnd kind.\n"])
+        for text, value in (("0.5", 0.5), ("[1]", [1]), ("high", "high"), ("a b", "a b"),
+                            ('"7"', "7"), ("true", True), ("null", None), ("gpt-4o", "gpt-4o"),
+                            ("@f.json", {"type": ["é"]}), ("@f.txt", "Be brief.\nAnd kind."),
+                            ("a=b", "a=b")):
+            with self.subTest(text=text), self.serve(reply("yes")) as server:
+                self.cli("--param", "x=" + text, "a")
+                self.assertEqual(server.requests[0].body.get("x"), value)
+        for text in ("{'single': 'quotes'}", '{"a": 1', "[1", "'x'", "True", "None", "NaN", "0,5",
+                     "@missing", "", "-Infinity"):
+            with self.subTest(text=text), self.serve():
+                self.cli("--param", "x=" + text, "a", expect=2)
+        with self.serve(reply("yes")) as server:
+            self.cli("--system", "@f.txt", "a")
+            self.assertEqual(server.requests[0].body["messages"][0]["content"],
+                             "Be brief.\nAnd kind.")
+
+    def test_names_itself_in_errors(self):
+        """Two lines at most, in the words of the command line and not of the library."""
+        self.write("in", rows(1))
+        for argv, words in ((("-c", "0"), "--max-concurrency is a"), (("--max-rate", "0"),
+                            "--max-rate is a"), (("--max-retries", "-1"), "--max-retries is"),
+                            (("--timeout", "nan"), "--timeout is a"),
+                            (("--param", "timeout=5"), "see --help"),
+                            (("--base-url", "http://example.org/v1"), "--allow-http"),
+                            (("--ca-file", "no"), "--ca-file"), (("--header", "x"), "--header is"),
+                            (("--header", "Host: x"), "Host"), (("--joblog", ""), "--joblog"),
+                            (("--text", "-o", "out"), "--text"), (("-c", "x"), "-c")):
+            with self.subTest(argv=argv), self.serve() as server:
+                argv += ("--base-url", server.url.replace("http:", "https:")
+                         ) if argv[0] == "--ca-file" else ()
+                self.cli("-i", "in", *argv, expect=2)
+                self.assertIn(words, self.err)
+                self.assertNotRegex(self.err, r"max_|allow_|ca_file|Client|\w=\)")
+                self.assertLessEqual(self.err.count("\n"), 2)
+
+    def test_max_rate_and_skip_failed_and_max_retries(self):
+        """They do what they say."""
+        self.write("in", rows(3))
+        with self.serve(forever=lambda request: status(
+                {"p0": 400, "p1": 500, "p2": 401}[request.prompt])) as server:
+            self.cli("--max-rate", "50", "-i", "in", "-o", "out", expect=1)
+            times = sorted(request.time for request in server.requests)
+        self.assertGreater(times[2] - times[0], 0.03)
+        with self.serve(forever=reply_echo) as server:
+            self.cli("--skip-failed", "-i", "in", "-o", "out", expect=1)
+            self.assertEqual(sorted(request.prompt for request in server.requests), ["p1", "p2"])
+            self.cli("--skip-failed", "-i", "in", "-o", "out", expect=1)
+            self.assertEqual(len(server.requests), 2)
+            self.cli("-i", "in", "-o", "out")
+        self.assertEqual([text for _, text in self.answers()], ["p0", "p1", "p2"])
 
     def test_that_cannot_be_ends_with_2(self):
         """Whatever is wrong with the command is said before anything is sent or made."""
         self.write("in", rows(1))
-        for argv in (("-c", "0"), ("-c", "x"), ("--retries", "-1"), ("--timeout", "nan"),
-                     ("--timeout", "0"), ("--shard", "0/2"), ("--shard", "3/2"), ("--shard", "x"),
-                     ("--param", "x"), ("--param", "=1"), ("--base-url", "http://example.org/v1"),
-                     ("--base-url", "x"), ("--no-such",), ("-i", "missing"), ("-i", "."),
+        for argv in (("--timeout", "0"), ("--shard", "0/2"), ("--shard", "3/2"), ("--shard", "x"),
+                     ("--param", "x"), ("--param", "=1"), ("--base-url", "x"),
+                     ("--no-such",), ("-i", "missing"), ("-i", "."),
                      ("-o", "."), ("-o", "no/such/folder"), ("--joblog", "no/such"), ("prompt",),
-                     ("--deadline", "-1"), ("--deadline", "nan"), ("--max-failures", "-1"),
-                     ("-m", "")):
+                     ("-m", ""), ("-i", ""), ("-o", "")):
             with self.subTest(argv=argv), self.serve():
                 self.cli("-i", "in", *argv, expect=2)
                 self.assertIn("error: ", self.err)
@@ -2525,11 +2970,15 @@ class AnOption(CommandLine):
 
     def test_quiet_leaves_only_what_failed(self):
         """-q shows neither progress nor summary; without it stdout has still but the answers."""
-        with self.serve(reply("yes"), reply("yes")):
+        with self.serve(forever=reply("yes")):
             self.assertEqual(self.cli("-q", "a"), b'["yes"]\n')
             self.assertEqual(self.err, "")
             self.assertEqual(self.cli("a"), b'["yes"]\n')
-            self.assertRegex(self.err, r"(?s)^model .*\nm +1 +1 +0 +2 +3 .*200 x 1\n.*1 answered")
+            self.assertEqual(self.err, "")
+            self.write("in", rows(1))
+            self.cli("-i", "in", "-o", "out")
+            self.assertRegex(self.err, r"(?s)^model .*\nm +1 +1 +0 .*2 in, 3 out.*200 x 1\n"
+                                       r"tokens: 5 in this run, 5 in all of .*1 answered")
             self.assertNotRegex(self.err, "[\x1b\r]")
 
     def test_version_and_help_are_short(self):
@@ -2544,42 +2993,240 @@ class AnOption(CommandLine):
 class TheDemo(CommandLine):
 
     def test_shows_it_all(self):
-        """In a few seconds, without key or network, and plain in a pipe."""
+        """In a few seconds, without key or network, and plain in a pipe: a line a second."""
         out = self.finish(self.process, 0).decode()
-        self.assertLess(float(re.search(r", (\d+\.\d) s\n$", self.err).group(1)), 10.0)
-        self.assertRegex(out.splitlines()[-1], r"answered: \d+, refused.*: [1-9]\d*, lost: 0$")
-        self.assertIn("429 x", self.err)
+        self.assertRegex(out, r"(?m)^2 s  \d+ answered, \d+ refused(  limit [5-9]\.?\d*/s)?$")
+        self.assertRegex(out, r"(?s)\nmodel .*429 x [1-9].*\n40 answered, 0 lost, \d\.\d s\n$")
         self.assertNotRegex(out + self.err, "[\x1b\r]")
 
 
-class TheBar(CommandLine):
+class TheScreen(CommandLine):
 
-    def test_stays_within_its_line(self):
-        """On a terminal a bar is drawn in one line, whatever the width, and is cleared."""
+    def on_terminal(self, columns, server, *argv, expect=0, act=None):
+        """What a run shows on a terminal of so many columns: a list of what was drawn, and the
+        lines that stay."""
         import fcntl
         import pty
-        import struct
         import termios
-        self.write("in", rows(4))
         master, slave = pty.openpty()
-        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 40, 0, 0))
+        self.addCleanup(os.close, master)
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+        process = self.start("-i", "in", "-o", "out", *argv, stdin=subprocess.DEVNULL,
+                             stderr=slave)
+        os.close(slave)
+        if act is not None:
+            act(process)
+        shown = b""
+        with contextlib.suppress(OSError):
+            for data in iter(lambda: os.read(master, 4096), b""):
+                shown += data
+        self.finish(process, expect)
+        drawn = shown.decode().split("\x1b[K\r")
+        self.assertLess(max(map(len, drawn[:-1])), columns, drawn)
+        self.assertNotIn("\n", "".join(drawn[:-1]))  # the rest comes after it was cleared
+        return drawn[:-1], drawn[-1].replace("\r\n", "\n")
+
+    def test_shows_how_far_it_is_within_one_line(self):
+        """Done, failed, the last failure, the rate, the time left, the limit; the less important
+        parts give way on a narrow one; no server's words steer the terminal."""
+        self.write("in", rows(20))
 
         def slow(request):
-            time.sleep(0.2)
-            return status(400, "\x1b[31mred") if request.prompt == "p3" else reply_echo(request)
-        with self.serve(forever=slow):
-            self.finish(self.start("-c", "1", "-i", "in", stderr=slave), 1)
-        os.close(slave)
-        shown = b""
-        with contextlib.suppress(OSError), open(master, "rb", buffering=0) as screen:
-            for data in iter(lambda: screen.read(4096), b""):
-                shown += data
-        bars = re.findall(r"(\[[# ]*\].*?)\x1b\[K\r", shown.decode())
-        self.assertTrue(2 <= len(bars) <= 8, shown)
-        self.assertRegex(bars[-1], r"\d/4")
-        self.assertNotIn("\x1b[31m", shown.decode())  # nothing of the server's steers it
-        self.assertNotRegex(shown.decode(), r"\][^\r\n]*\n")  # cleared before the summary
-        self.assertLess(max(map(len, bars)), 40)
+            time.sleep(0.06)
+            n = int(request.prompt[1:])
+            return reply_echo(request) if n % 5 else status(400, {
+                "error": {"code": "\x1b[31mred", "message": "bad\x9b word"}})
+        for columns, words in (
+                (120, r"1\d/20 done, [1-4] failed, \d+\.\d/s, 0:00:0\d left, 400 \\x1b\[31mred"),
+                (40, r"1\d/20 done, [1-4] failed, 400 \\x1b\[31mred$")):
+            with self.subTest(columns=columns), self.serve(forever=slow) as server:
+                drawn, stays = self.on_terminal(columns, server, "-c", "1", expect=1)
+                self.assertTrue(3 <= len(drawn) <= 15, drawn)
+                self.assertTrue(any(re.match(words, text) for text in drawn), drawn)
+                self.assertRegex(stays, r"4 x \\x1b\[31mred \(r0, r5, r10, r15\): HTTP 400 ")
+                self.assertLessEqual(max(map(len, stays.split("to go on")[0].split("\n"))), 100)
+                self.assertNotRegex(stays + "".join(drawn), "[\x1b\x9b]")
+                os.unlink("out")
+
+    def test_says_at_once_that_it_stops(self):
+        """After Ctrl-C: how many are in flight, and the seconds that they have."""
+        self.write("in", rows(20))
+
+        def stop(process):
+            server.await_requests(4)
+            process.send_signal(signal.SIGINT)
+        with self.serve(forever=lambda request: time.sleep(0.8) or reply_echo(request)) as server:
+            drawn, stays = self.on_terminal(80, server, "-c", "4", expect=130, act=stop)
+        self.assertIn("stopping: 4 in flight, 5 s", drawn)
+        self.assertRegex(stays, "4 answered, 0 failed, 0 kept, 16 left")
+
+    def test_shows_the_last_minutes_rate_and_the_limit(self):
+        """Not the mean since the start; refusals by chance are told."""
+        options = types.SimpleNamespace(quiet=False, output_file="out")
+        screen = cometlimit._Screen(options)
+        stats = cometlimit.Stats()
+        stats.rate, stats.requests, stats.chance = 9.76, 200, 6
+        client = types.SimpleNamespace(metrics={("/v1", "m"): stats})
+        screen.total, start = 5000, screen.began
+        for second in range(0, 200, 10):
+            screen.answers += 10 if second < 100 else 100
+            text = screen._progress(client, start + second, 80)
+        self.assertEqual(text, "1100/5000 done, 10.0/s, 0:06:30 left, limit 9.76/s, "
+                               "3 % refused by chance")
+        screen.failures, screen.trouble, screen.trouble_at = 3, "no connection to h:1", start + 200
+        self.assertEqual(screen._progress(client, start + 200, 40),
+                         "1103/5000 done, 3 failed, no connection to h:1"[:47])
+
+    def test_sums_up(self):
+        """Failures by code with their number, the first one's words and ten ids; odd answers."""
+        self.write("in", rows(20))
+        odd = {"p0": reply(""), "p1": reply("cut", choices=[
+            {"message": {"content": "cut"}, "finish_reason": "length"}]), "p2": reply("fine")}
+        with self.serve(forever=lambda request: odd.get(request.prompt, status(
+                422, {"error": {"message": "word " * 50}}))):
+            self.cli("-c", "1", "-i", "in", "-o", "out", expect=1)
+        ids = ", ".join("r%d" % n for n in range(3, 13))
+        text = " ".join(self.err.split())
+        self.assertIn("17 x http_422 (%s, ...): HTTP 422: word word" % ids, text)
+        self.assertIn("answers without text: 1; cut off by a length limit: 1", text)
+        self.assertLessEqual(max(map(len, self.err.split("tokens: ")[0].split("\n"))), 80)
+
+
+class AChange(CommandLine):
+    """Files are changed by others while a run goes on."""
+
+    def run_and(self, act, expect, again=0, count=40):
+        """A run of a second, during which act() is called; then another. Returns the requests."""
+        self.write("in", [dict(row, prompt=row["prompt"].ljust(9000)) for row in rows(count)])
+        acted = []
+
+        def answer(request):
+            if len(server.requests) == 6:
+                acted.append(act())
+            time.sleep(0.04)
+            return reply(request.prompt.strip())
+        with self.serve(forever=answer) as server:
+            self.cli("-c", "4", "-i", "in", "-o", "out", expect=expect)
+            self.first = self.err
+            self.cli("-c", "4", "-i", "in", "-o", "out", expect=again)
+            self.assertTrue(acted)
+            return [request.prompt.strip() for request in server.requests]
+
+    def test_of_an_input_that_grows_is_left_to_the_next_run(self):
+        """Nothing is paid twice, and no crash."""
+        def grow():
+            with open("in", "ab") as file:
+                file.write(line({"custom_id": "new", "prompt": "new"}))
+        self.assertEqual(sorted(self.run_and(grow, 0)),
+                         sorted(["new"] + ["p%d" % n for n in range(40)]))
+
+    def test_of_an_input_that_is_cut_is_told(self):
+        """What is in flight is written; 3, in words."""
+        def cut():
+            os.truncate("in", 0)
+        self.run_and(cut, 3, again=2)
+        self.assertIn("cut short", self.first)
+        self.assertTrue(6 <= len(self.results()) <= 16)
+
+    def test_of_the_output_loses_nothing(self):
+        """Removed or replaced: written anew. Written to by another: told, and never 0."""
+        def remove():
+            os.unlink("out")
+
+        def replace():
+            self.write("other", [b"other\n"])
+            os.replace("other", "out")
+        for act in (remove, replace):
+            with self.subTest(act=act):
+                self.assertEqual(len(self.run_and(act, 0)), 40)
+                self.assertEqual(self.answers(), [("r%d" % n, "p%d" % n) for n in range(40)])
+                self.assertIn("was removed or replaced", self.first)
+                os.unlink("out")
+
+        def truncate():
+            os.truncate("out", 0)
+        self.run_and(truncate, 3)
+        self.assertIn("another program has written to", self.first)
+        self.assertEqual(len(self.answers()), 40)
+
+    def test_of_the_folder_is_told(self):
+        """Where the output cannot be written anew, the status is not 0."""
+        os.mkdir("folder")
+
+        def answer(request):
+            if len(server.requests) == 5:
+                shutil.rmtree("folder")
+            return time.sleep(0.3) or reply_echo(request)
+        self.write("in", rows(20))
+        with self.serve(forever=answer) as server:
+            self.cli("-i", "in", "-o", "folder/out", expect=3)
+        self.assertIn("cannot be written", self.err)
+
+    def test_of_settings_is_refused(self):
+        """Another model, system message or field on the same output, or a row of version 1.0."""
+        self.write("in", [{"custom_id": "a", "prompt": "x"}, {"custom_id": "b", "prompt": "y"}])
+        with self.serve(forever=lambda request: (
+                status(400) if request.prompt == "y" else reply_echo(request))):
+            self.cli("--system", "s", "-i", "in", "-o", "out", expect=1)
+        before = self.read("out")
+        for argv in (("-m", "n", "--system", "s"), ("--system", "t"), (),
+                     ("--system", "s", "--param", "n=1")):
+            with self.subTest(argv=argv), self.serve():
+                self.cli(*argv, "-i", "in", "-o", "out", expect=2)
+                self.assertRegex(self.err, "'a' asked something else. Name another -o, or delete")
+                self.assertEqual(self.read("out"), before)
+        with self.serve(reply("y")):
+            self.write("in", [{"custom_id": "a", "prompt": "x"}, {"custom_id": "b", "prompt": "z"}])
+            self.cli("--system", "s", "-i", "in", "-o", "out")  # what failed may be mended
+        self.write("out", [result("a", id="batch_req_0123456789abcdef"), result("b")])
+        with self.serve():
+            self.cli("-i", "in", "-o", "out", expect=2)
+
+    def test_of_rows_that_failed_comes_last(self):
+        """A resumed run asks new rows first, from a file and from a pipe."""
+        self.write("in", rows(30))
+        self.write("out", [result("r%d" % n, error={"code": "x", "message": "y"})
+                           for n in range(10)])
+        first = self.read("out")
+        for argv in (("-i", "in"), ("-i", "-")):
+            with self.serve(forever=reply_echo) as server:
+                self.write("out", [first])
+                self.finish(self.start("-c", "1", *argv, "-o", "out"), 0, stdin=self.read("in"))
+                asked = [int(request.prompt[1:]) for request in server.requests]
+            self.assertEqual(sorted(asked[-8:]), sorted(set(asked[-8:]) & set(range(10))))
+            self.assertEqual(self.answers()[0], ("r0", "p0"))
+
+    def test_of_the_file_system_needs_no_lock(self):
+        """Where locks are not to be had: a warning, and on."""
+        import fcntl
+        self.write("in", rows(1))
+        for number in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+            fails = unittest.mock.patch.object(fcntl, "flock", side_effect=OSError(number, "x"))
+            with self.subTest(number=number), fails, self.serve(forever=reply_echo):
+                self.cli("-i", "in", "-o", "out", "-q")
+                self.assertIn("cannot be locked", self.err)
+
+    def test_of_the_mode_is_none(self):
+        """The file keeps its mode when its rows are put into order; nothing else is left."""
+        self.write("in", rows(9))
+        self.write("out", [])
+        os.chmod("out", 0o640)
+        sync = unittest.mock.patch.object(os, "fsync", wraps=os.fsync)
+        with self.serve(forever=lambda request: (
+                time.sleep(1.2 * (request.prompt == "p0")) or reply_echo(request))), sync as sync:
+            self.cli("-i", "in", "-o", "out")
+        self.assertGreaterEqual(sync.call_count, 4)  # at first, after a second, twice at the end
+        self.assertEqual(os.stat("out").st_mode & 0o777, 0o640)
+        self.assertEqual([name for name, _ in self.answers()], ["r%d" % n for n in range(9)])
+        self.assertEqual(sorted(os.listdir(".")), ["in", "out"])
+
+    def test_of_the_place_in_stdin_is_kept(self):
+        """What was read of it before is no row."""
+        self.write("in", [b"header\n"] + rows(3))
+        with self.serve(forever=reply_echo), open("in", "rb") as file:
+            os.read(file.fileno(), 7)
+            self.finish(self.start("-o", "out", stdin=file), 0)
+        self.assertEqual([name for name, _ in self.answers()], ["r0", "r1", "r2"])
 
 
 class TheReadme(CommandLine):
@@ -2608,9 +3255,9 @@ class TheReadme(CommandLine):
     def test_shows_programs_that_run(self):
         """Each block of Python runs as it stands, and the first one prints what is shown."""
         shown = self.blocks("text")[0]
+        with open("questions.csv", "w") as file:
+            file.write("question\nSay hello.\n")
         for number, block in enumerate(self.blocks("python")):
-            if "asyncio.run" in block and sys.version_info < (3, 7):
-                continue
             with self.subTest(block=block):
                 printed = self.run_block([sys.executable, "-W", "error", "-"], block)
                 self.assertTrue(printed)
@@ -2820,22 +3467,21 @@ class Port(Server):
         super().__init__(tls=tls)
         self.job = job
 
-    def __enter__(self):
-        super().__enter__()
-        self.https = "https://127.0.0.1:%d/v1" % self.port
-        return self
-
     def serve(self, sock, number):
         if self.tls:
-            sock = self.own(server_context(self.tls).wrap_socket(sock, server_side=True))
+            sock = self.own(server_context(certificate(self.tls)).wrap_socket(sock, True))
         with sock:
             self.job(sock)
 
 
-def server_context(tls, file=None):
+def server_context(file):
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(file or certificate(tls))
+    context.load_cert_chain(file)
     return context
+
+
+def https(server):
+    return server.url.replace("http:", "https:")
 
 
 def flood(start, piece, pause=0.0):
@@ -2854,7 +3500,7 @@ def certify_again(name, label, days="2", extensions=None):
     certificate(name)
     base = os.path.join(Certificates.folder, name + "1")
     with open(base + ".cnf") as file, open(base + label + ".cnf", "w") as other:
-        other.write(file.read() if extensions is None else "[ext]\n" + extensions)
+        other.write(file.read() if extensions is None else "[ext]\nbasicConstraints=" + extensions)
     signer = ["-signkey", base + ".key"] if name == "ca" else [
         "-CAcreateserial", "-CA", certificate("ca"), "-CAkey", certificate("ca")]
     subprocess.run(["openssl", "x509", "-req", "-days", days, "-in", base + ".csr", "-out",
@@ -2886,17 +3532,13 @@ class Hostile(Case):
         return super().client(server, **options)
 
     def outcome_at(self, client, prompt="Hi"):
-        try:
-            return client.complete(prompt)
-        except cometlimit.Error as error:
-            return error
+        return next(client.map([prompt], return_exceptions=True))
 
     def replace(self, place, **values):
         """Replace attributes until the test ends."""
-        for name, value in values.items():
-            patch = unittest.mock.patch.object(place, name, value)
-            patch.start()
-            self.addCleanup(patch.stop)
+        patch = unittest.mock.patch.multiple(place, **values)
+        patch.start()
+        self.addCleanup(patch.stop)
 
     def addresses(self, *ports, seconds=0.0):
         """From now on "localhost" has these ports of 127.0.0.1 for addresses, which takes a while
@@ -2948,7 +3590,9 @@ class AHostileAnswer(Hostile):
                     server, timeout=0.25, max_retries=0, max_concurrency=len(lines)) as client:
                 for error in client.map(["Hi"] * len(lines), return_exceptions=True):
                     with self.subTest(tls=tls):
-                        self.assertTrue(error.retryable, error)
+                        self.assertTrue(error.status_code == 503 or
+                                        type(error) is cometlimit.APITimeoutError, repr(error))
+                        self.assertTrue(error.retryable)
                         self.assertLess(error.records[0].latency, 2.0)
 
     def test_is_no_answer_wherever_it_is_cut_off(self):
@@ -2973,24 +3617,24 @@ class AHostileAnswer(Hostile):
     def test_takes_no_more_memory_than_is_allowed(self):
         """A body too long is left unread, however it is framed; an error's sooner."""
         self.real_time()
-        frames = [b"\r\n", b"Content-Length: 10000000000\r\n\r\n", CHUNKED + b"fffffffffffff\r\n",
-                  CHUNKED + b"-70000\r\n", CHUNKED + b"-1\r\n"]
-        for code, most, some in ((b"400", cometlimit._MAX_ANSWER, frames[:-1]),
-                                 (b"200", 1 << 18, frames)):
+        for (code, most), frame in itertools.product(
+                ((400, cometlimit._MAX_ANSWER), (200, 1 << 18)),
+                (b"\r\n", b"Content-Length: 10000000000\r\n\r\n", CHUNKED + b"fffffffffffff\r\n",
+                 CHUNKED + b"-70000\r\n", CHUNKED + b"-1\r\n")):
             self.replace(cometlimit, _MAX_ANSWER=most)
-            for frame in some:
-                start = b"HTTP/1.1 %s Any\r\n%s" % (code, frame)
-                with Server(flood(start, b" " * (1 << 16))) as server:
-                    with self.client(server, max_retries=0, timeout=0.7) as client:
-                        tracemalloc.start()
-                        error = self.outcome_at(client)
-                        peak = tracemalloc.get_traced_memory()[1]
-                        tracemalloc.stop()
-                with self.subTest(code=code, frame=frame):
-                    self.assertIsInstance(error, cometlimit.Error)
-                    self.assertLess(peak, 16 << 20)
-                    if b"\n-" not in frame:
-                        self.assertEqual((error.status_code, error.retryable), (int(code), False))
+            line = flood(b"HTTP/1.1 %d Any\r\n%s" % (code, frame), b" " * (1 << 16))
+            with Server(line) as server, self.client(
+                    server, max_retries=0, timeout=5.0) as client:
+                tracemalloc.start()
+                error = self.outcome_at(client)
+                peak = tracemalloc.get_traced_memory()[1]
+                tracemalloc.stop()
+            with self.subTest(code=code, frame=frame):
+                self.assertLess(peak, 16 << 20)
+                if code == 200:  # it ends by what it is, not only by the timeout
+                    self.assertNotIsInstance(error, cometlimit.APITimeoutError)
+                if b"\n-" not in frame:
+                    self.assertEqual((error.status_code, error.retryable), (code, False))
 
     def test_is_not_taken_for_another(self):
         """Odd heads end as a named Error or are understood; the next answer is the next's own."""
@@ -3023,17 +3667,20 @@ class AHostileAnswer(Hostile):
         """Deep JSON, as an answer or an error, where threads have 1 MiB of stack."""
         deep = [status(code, text * 200000) for code in (200, 400) for text in ("[", '{"a":')]
         with Server(*deep) as server:
-            self.assertEqual(end(start(server, "threading.stack_size(1 << 20)", """
+            done = end(start(server, "threading.stack_size(1 << 20)", """
                 for error in client.map(["Hi"] * 4, return_exceptions=True):
-                    assert isinstance(error, cometlimit.Error), error""", "max_retries=0")), (0, ""))
+                    assert isinstance(error, cometlimit.Error), error""", "max_retries=0"))
+        self.assertEqual(done, (0, ""))
 
     def test_that_does_not_come_is_asked_for_as_a_stream(self):
         """What a gateway or our time-out cut off comes again as a stream; the latter once only."""
+        silent = stall()
         for lines, (option, after) in itertools.product((
-                (stall(), stall()), (status(408), reply("yes")),
+                (silent, silent), (status(408), reply("yes")),
                 (status(504), status(524), reply("yes"))), ((None, True), (False, None))):
             with Server(*lines) as server:
-                done = self.outcome_at(self.client(server, timeout=0.2, stream=option))
+                done = self.outcome_at(self.client(
+                    server, timeout=0.2 if lines[0] is silent else 600.0, stream=option))
             with self.subTest(option=option, lines=len(lines), done=done):
                 self.assertEqual(done.attempts, len(lines))
                 self.assertEqual([request.body.get("stream") for request in server.requests],
@@ -3059,7 +3706,7 @@ class AHostileAnswer(Hostile):
             line = flood(start + framed, ping, 0.02)
             with self.subTest(tls=tls, ping=ping), Server(line, tls=tls) as server:
                 client = self.client(server, stream=True, timeout=5.0, max_retries=0)
-                with self.within(2.0):
+                with self.within(4.0):
                     self.assertEqual(client.ask("Hi"), "all")
 
 
@@ -3068,7 +3715,7 @@ class AConnectionKept(Hostile):
 
     def test_drops_what_is_out_of_step(self):
         """Bytes after a body are never served as the next answer, whenever they come; nor is an
-        answer that follows an interim one."""
+        answer that follows an interim one, or comes after a time-out."""
         wrong = HEAD + FRAMED.replace(b"all", b"BAD")
         head = HEAD + b"Content-Length: %d\r\nX: " % len(GOOD)
         aligned = head + b"y" * (8192 - len(head) - 4 - len(GOOD)) + b"\r\n\r\n" + GOOD
@@ -3076,36 +3723,26 @@ class AConnectionKept(Hostile):
         for tls, (start, then, later) in itertools.product(SCHEMES, (
                 (aligned, wrong, b""), (aligned, b"", wrong), (aligned, b" ", b""),
                 (aligned.replace(b"y" * 100, b""), wrong, b""),
-                (early, b"", b""), (early, b"", wrong))):
-            sent = threading.Event()
+                (early, b"", b""), (early, b"", wrong), (b"", b"", wrong))):
+            late, sent = threading.Event(), threading.Event()
 
             def send(sock):
-                sock.sendall(start + then)
-                time.sleep(0.02 if later else 0.0)
-                sock.sendall(later)
-                sent.set()
+                try:
+                    sock.sendall(start + then)
+                    late.wait(0.02 if start else TIMEOUT)
+                    sock.sendall(later)
+                finally:
+                    sent.set()
             with Server(Line(send, keep=True), reply("next"), tls=tls) as server:
-                with self.client(server, max_retries=0) as client:
+                with self.client(server, max_retries=0, timeout=30.0 if start else 0.7) as client:
                     first = self.outcome_at(client)
+                    late.set()
                     self.assertTrue(sent.wait(TIMEOUT))
                     time.sleep(0.01)
                     with self.subTest(tls=tls, size=len(start), then=then, later=later):
                         self.assertEqual(getattr(first, "text", None),
-                                         None if start is early else "all")
-                        self.assertEqual(client.ask("Hi"), "next")
-
-    def test_is_not_used_after_a_timeout(self):
-        """An answer that comes too late is nobody's."""
-        self.real_time()
-        for tls in SCHEMES:
-            late = threading.Event()
-            line = Line(lambda sock: late.wait(TIMEOUT) and reply("late").send(sock), keep=True)
-            with self.subTest(tls=tls), Server(line, reply("next"), tls=tls) as server:
-                client = self.client(server, max_retries=0, timeout=0.3)
-                error = self.outcome_at(client)
-                late.set()
-                self.assertIs(type(error), cometlimit.APITimeoutError)
-                self.assertEqual(client.ask("Hi"), "next")
+                                         "all" if start[-9:] == GOOD[-9:] else None)
+                        self.assertEqual((client.ask("Hi"), server.connections), ("next", 2))
 
     def test_that_the_server_closed_costs_nothing(self):
         """A server that closes after each answer sees each request exactly once."""
@@ -3145,7 +3782,7 @@ class AConnectionKept(Hostile):
                                  on_record=lambda record: record.status or client.close())
             client.ask("1")
             self.addresses(server.port, seconds=6.0)
-            with self.within(2.0):
+            with self.within(4.0):
                 self.assert_error(client.submit("2").exception(TIMEOUT), cometlimit.Error, GONE)
 
     def test_brings_an_early_refusal(self):
@@ -3159,7 +3796,7 @@ class AConnectionKept(Hostile):
                     pass
         for tls, waits in ((None, False), (None, True), ("127.0.0.1", True)):
             with self.subTest(tls=tls, waits=waits), Port(refuse, tls=tls) as server:
-                error = self.outcome_at(self.client(server), "x" * 3000000)
+                error = self.outcome_at(self.client(server), "x" * 20000000)
                 self.assertEqual((error.status_code, server.connections), (413, 1), error)
 
     def test_is_kept_alive_whatever_its_number(self):
@@ -3189,7 +3826,8 @@ class AConnectionKept(Hostile):
         texts = list(map(str, range(2000)))
         with Server(forever=reply_echo) as server:
             with self.client(server, max_concurrency=50) as client:
-                self.assertEqual([done.text for done in client.map(texts)], texts)
+                calls = list(map(client.submit, texts))
+                self.assertEqual([call.result(TIMEOUT).text for call in calls], texts)
                 own = [t for t in threading.enumerate() if t.name.startswith("cometlimit")]
                 self.assertLessEqual(len(own), 100)
             self.assertLessEqual(server.connections, 50)
@@ -3210,19 +3848,20 @@ class TheClock(Hostile):
         dead ones is reached."""
         with self.dead() as port, Server(reply("a"), reply("b")) as server:
             for ports, seconds, timeout, bound in (
-                    ([port] * 4, 0.0, 0.3, 15.0), ([port] * 4, 0.0, 600.0, 0.3),
-                    ([port], 6.0, 600.0, 0.3), ([port], 6.0, 0.3, 15.0)):
+                    ([port] * 4, 0.0, 0.2, 15.0), ([port] * 4, 0.0, 600.0, 0.2),
+                    ([port], 6.0, 600.0, 0.2), ([port], 6.0, 0.2, 15.0)):
                 self.addresses(*ports, seconds=seconds)
                 self.replace(cometlimit, _CONNECT=bound)
-                with self.subTest(seconds=seconds, timeout=timeout), self.within(2.0, least=0.2):
+                with self.subTest(seconds=seconds, timeout=timeout), self.within(5.0, least=0.15):
                     error = self.outcome_at(self.client(
                         "http://localhost:7/v1", timeout=timeout, max_retries=0))
                     self.assert_error(error, cometlimit.APITimeoutError,
                                       "no connection to localhost:7 in time",
                                       code="connect_timeout", retryable=True)
+            self.replace(cometlimit, _CONNECT=1.0)
             for ports, seconds in (([server.port], 0.1), ([port] * 3 + [server.port], 0.0)):
                 self.addresses(*ports, seconds=seconds)
-                self.client("http://localhost:7/v1", timeout=1.0, max_retries=0).ask("Hi")
+                self.client("http://localhost:7/v1", max_retries=0).ask("Hi")
 
     def test_bounds_a_handshake(self):
         """A server or proxy that says nothing, or drips, while the connection is made."""
@@ -3232,8 +3871,8 @@ class TheClock(Hostile):
         for piece, kind in itertools.product(pieces, ("", "proxy")):
             with self.subTest(piece=piece, kind=kind), Port(silent) as server:
                 os.environ["https_proxy"] = kind and "127.0.0.1:%d" % server.port
-                with self.within(1.0):
-                    client = self.client(server.https, timeout=0.15, max_retries=0)
+                with self.within(5.0):
+                    client = self.client(https(server), timeout=0.15, max_retries=0)
                     error = self.outcome_at(client)
                 self.assertIsInstance(error, cometlimit.APIConnectionError)
                 self.assertIn("%s 127.0.0.1:%d" % (kind, server.port), str(error))
@@ -3243,7 +3882,7 @@ class TheClock(Hostile):
         for tls in SCHEMES:
             gate = threading.Event()
             with self.subTest(tls=tls), Port(lambda sock: gate.wait(6.0), tls=tls) as server:
-                with self.within(3.0):
+                with self.within(5.0):
                     error = self.outcome_at(self.client(server, timeout=0.3, max_retries=0),
                                             "x" * 8000000)
                 gate.set()
@@ -3266,7 +3905,7 @@ class TheClock(Hostile):
             met, gone, left = threading.Event(), threading.Event(), threading.Event()
             with self.subTest(place=place, tls=tls), self.dead() as port, Port(
                     silent, tls and place in ("upload", "answer") and "127.0.0.1") as server:
-                url = server.https if tls else server.url
+                url = https(server) if tls else server.url
                 os.environ["https_proxy"] = "127.0.0.1:%d" % server.port if place == "proxy" else ""
                 if place in ("name", "connect"):
                     self.addresses(port, seconds=6.0 if place == "name" else 0.0)
@@ -3276,7 +3915,7 @@ class TheClock(Hostile):
                 call = client.submit("x" * (8000000 if place == "upload" else 1))
                 self.assertTrue(met.wait(TIMEOUT))
                 time.sleep(0.05)
-                with self.within(0.4):  # close() itself would wait 0.5 s
+                with self.within(4.0):
                     client.close()
                     self.assert_error(call.exception(TIMEOUT), cometlimit.Error, GONE)
                 left.set()
@@ -3390,14 +4029,14 @@ class TheProxy(Hostile):
     def test_for_all_schemes_is_told_to_be_unused(self):
         """all_proxy goes by in silence, unless no connection comes about without it."""
         hint = " (all_proxy is not used: name the proxy in https_proxy)"
-        for names, told in (("", ""), ("all_proxy", hint), ("ALL_PROXY", hint),
-                            ("all_proxy https_proxy", "")):
+        for names, told in (("", False), ("all_proxy", hint), ("ALL_PROXY", hint),
+                            ("all_proxy https_proxy", False)):
             os.environ.update(dict.fromkeys(names.split(), "http://127.0.0.1:1"))
             error = str(self.outcome_at(self.client(NOWHERE, max_retries=0)))
             with self.subTest(names=names):
-                self.assertRegex(error, "^no connection to (the proxy )?127.0.0.1:1. Conn[^(]*$"
-                                 if not told else re.escape(told) + "$")
-                self.assertEqual("the proxy 127" in error, "https_proxy" in names)
+                self.assertTrue(error.startswith("no connection to %s127.0.0.1:1. Conn" % (
+                    "the proxy " * ("https_proxy" in names))), error)
+                self.assertEqual("all_proxy" in error and error[error.index(" (all"):], told)
             for name in names.split():
                 del os.environ[name]
 
@@ -3430,7 +4069,7 @@ class TrustedCertificates(Hostile):
                         pass
         seen, prompt = [], options.pop("prompt", "Hi")
         with Port(serve) as server:
-            error = self.outcome_at(self.client(server.https, **options), prompt)
+            error = self.outcome_at(self.client(https(server), **options), prompt)
         self.assertIs(type(error), cometlimit.APIConnectionError)
         self.assertEqual((error.attempts, error.retryable), (1, False), error)
         self.assertEqual((server.connections, [data for data in seen if data]), (1, []))
@@ -3438,18 +4077,25 @@ class TrustedCertificates(Hostile):
 
     def test_are_those_of_a_known_authority_for_this_host_and_time(self):
         """An unknown CA, another host, a past date: told with the remedy, once; whatever the
-        program did to ssl's defaults."""
+        program did to ssl's defaults. So is, where Python is strict, a CA without key usage."""
         self.replace(ssl, _create_default_https_context=ssl._create_unverified_context)
-        good = certificate("127.0.0.1")
-        for file, options in ((certificate("localhost"), {}), (good, {"ca_file": None}),
-                              (certify_again("127.0.0.1", "expired", days="0"), {}),
-                              (certificate("127.0.0.1", signed=False), {}),
-                              (good, {"ca_file": certificate("localhost")})):
+        good, lax = certificate("127.0.0.1"), certify_again("ca", "lax", extensions="CA:TRUE")
+        table = [(certificate("localhost"), {}), (good, {"ca_file": None}),
+                 (certify_again("127.0.0.1", "expired", days="0"), {}),
+                 (certificate("127.0.0.1", signed=False), {}),
+                 (good, {"ca_file": certificate("localhost")})]
+        if ssl.create_default_context().verify_flags & getattr(ssl, "VERIFY_X509_STRICT", 0):
+            table.append((good, {"ca_file": lax}))
+        else:
+            with Server(reply("yes"), tls="127.0.0.1") as server:
+                self.assertEqual(self.client(server, ca_file=lax).ask("Hi"), "yes")
+        for file, options in table:
             with self.subTest(file=file, **options):
-                self.assertRegex(self.handshake(server_context(None, file), **options),
-                                 "not trusted.*ca_file=, SSL_CERT_FILE or REQUESTS_CA_BUNDLE")
+                self.assertRegex(
+                    self.handshake(server_context(file), **options), "not trusted.*ca_file=, "
+                    "SSL_CERT_FILE or REQUESTS_CA_BUNDLE.*3.13 also demands a CA.*key usage")
         os.environ["SSL_CERT_FILE"] = "/no/file"
-        self.assertIn("not trusted", self.handshake(server_context("127.0.0.1"), ca_file=None))
+        self.assertIn("not trusted", self.handshake(server_context(good), ca_file=None))
 
     def test_may_be_named_in_many_ways(self):
         """By ca_file, a bundle of the environment or a directory of hashed names; ca_file wins,
@@ -3482,51 +4128,38 @@ class TrustedCertificates(Hostile):
                 with self.assertRaisesRegex(cometlimit.ConfigurationError, words % path):
                     cometlimit.Client(api_key=KEY, ca_file=path if name == "ca_file" else None)
 
-    def test_without_key_usage_are_refused_with_a_remedy_where_python_does(self):
-        """A CA of TLS inspection that is not strict: trusted, or told what is missing."""
-        lax = certify_again("ca", "lax", extensions=(
-            "basicConstraints=CA:TRUE\nsubjectKeyIdentifier=hash"))
-        strict = getattr(ssl, "VERIFY_X509_STRICT", 0)
-        if ssl.create_default_context().verify_flags & strict:
-            self.assertRegex(self.handshake(server_context("127.0.0.1"), ca_file=lax),
-                             "Python 3.13 also demands of a CA.*key usage")
-        else:
-            with Server(reply("yes"), tls="127.0.0.1") as server:
-                self.assertEqual(self.client(server, ca_file=lax).ask("Hi"), "yes")
-
-    def test_do_not_help_an_old_protocol(self):
-        """TLS 1.1 is refused, even where the system's OpenSSL would allow it."""
+    def test_do_not_help_an_old_protocol_and_may_be_demanded_of_the_client(self):
+        """TLS 1.1 is refused even where OpenSSL would allow it; a client's certificate is told to
+        be demanded once, in the handshake or, with TLS 1.3, in the place of an answer."""
         def lax(context):
             context.set_ciphers("ALL:@SECLEVEL=0")
             if hasattr(ssl, "TLSVersion"):
                 context.minimum_version = ssl.TLSVersion.TLSv1
             return context
-        original = ssl.create_default_context
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the newest deprecate what is needed here
-            old = lax(server_context("127.0.0.1"))
-            old.options |= ssl.OP_NO_TLSv1_2 | getattr(ssl, "OP_NO_TLSv1_3", 0)
-            self.replace(ssl, create_default_context=lambda: lax(original()))
-            self.assertRegex(self.handshake(old), "TLS cannot be set up with 127.0.0.1:")
-
-    def test_of_the_client_are_told_to_be_demanded(self):
-        """Once, whenever it shows: in the handshake or, with TLS 1.3, in the place of an answer."""
-        for forbidden, size in itertools.product(("OP_NO_TLSv1_3", "OP_NO_TLSv1_2"), (1, 3000000)):
-            context = server_context("127.0.0.1")
-            context.verify_mode = ssl.CERT_REQUIRED
+        original, no = ssl.create_default_context, (getattr(ssl, "OP_NO_TLSv1_3", 0),
+                                                    ssl.OP_NO_TLSv1_2)
+        for forbidden, strict, size, words in (
+                (sum(no), False, 1, "no TLS with 127.0.0.1:"),
+                (no[0], True, 1, "may demand a cert"), (no[0], True, 3000000, "may demand a cert"),
+                (no[1], True, 1, "may demand a cert"), (no[1], True, 3000000, "may demand a cert")):
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                context.options |= getattr(ssl, forbidden, 0)
-            with self.subTest(forbidden=forbidden, size=size):
-                self.assertIn("it may demand a certificate of the client",
-                              self.handshake(context, prompt="x" * size))
+                warnings.simplefilter("ignore")  # the newest deprecate what is needed here
+                context = server_context(certificate("127.0.0.1"))
+                if strict:
+                    context.verify_mode = ssl.CERT_REQUIRED
+                else:
+                    self.replace(ssl, create_default_context=lambda: lax(original()))
+                    lax(context)
+                context.options |= forbidden
+                with self.subTest(forbidden=forbidden, size=size):
+                    self.assertIn(words, self.handshake(context, prompt="x" * size))
 
     def test_of_a_server_that_goes_away_may_come_later(self):
         """A hang-up or a reset during the handshake may pass; a server without TLS does not."""
         for line, attempts in ((hang_up(), 2), (reset(), 2), (raw(b"HTTP/1.1 400 No\r\n\r\n"), 1)):
             with self.subTest(attempts=attempts), Port(
                     lambda sock: sock.recv(1 << 16) and line.send(sock)) as server:
-                error = self.outcome_at(self.client(server.https, max_retries=1))
+                error = self.outcome_at(self.client(https(server), max_retries=1))
                 self.assertIs(type(error), cometlimit.APIConnectionError)
                 self.assertEqual((error.attempts, server.connections), (attempts, attempts), error)
 
@@ -3537,13 +4170,9 @@ class TheKeyOnTheWire(Hostile):
     def test_is_not_shown_by_debugging_aids(self):
         """Not by locals in a traceback, http.client's debug level, urllib's installed opener or
         audit hooks."""
-        class Spy(urllib.request.BaseHandler):
-            def http_request(self, request):
-                seen.append(request)
-                return request
         seen = []
-        self.addCleanup(setattr, urllib.request, "_opener", None)
-        urllib.request.install_opener(urllib.request.build_opener(Spy))
+        spy = types.SimpleNamespace(open=lambda *request: seen.append(request))
+        self.replace(urllib.request, _opener=spy)  # as install_opener() does
         self.replace(cometlimit.http.client.HTTPConnection, debuglevel=1)
         with Server(status(401)) as server, contextlib.redirect_stdout(io.StringIO()) as printed:
             error = self.client(server).submit("Hi").exception(TIMEOUT)
@@ -3558,24 +4187,17 @@ class TheKeyOnTheWire(Hostile):
                 assert "urllib.Request" in str(seen) and %r not in str(seen)""" % KEY)), (0, ""))
 
 
-SCRIPT = """\
-import os, sys, threading
-sys.path.insert(0, %r)
-%s
-import cometlimit
-def main():
-    client = cometlimit.Client(api_key=%r, base_url=%r, model="m", %s)
-%s
-main()
-"""
-ASK = '''    with client:
-        if client.ask("\\xe9\\u2028 Hi") != "\\xe9\\u2028 Hi": sys.exit("wrong")'''
+ASK = '''
+with client:
+    if client.ask("\\xe9\\u2028 Hi") != "\\xe9\\u2028 Hi": sys.exit("wrong")'''
 
 
 def start(server, before="", body=ASK, options="", flags=(), shell="exec \"$@\"", **popen):
     """A process that asks a server; its folder is not the module's."""
-    body = "\n".join(line.replace(" " * 16, "    ", 1) for line in body.split("\n"))
-    source = SCRIPT % (FOLDER, before, KEY, server.url, options, body)
+    source = "\n".join((
+        "import os, sys, threading; sys.path.insert(0, %r)" % FOLDER, before, "import cometlimit",
+        "client = cometlimit.Client(api_key=%r, base_url=%r, model='m', %s)" % (
+            KEY, server.url, options), body.replace("\n" + " " * 16, "\n")))
     return subprocess.Popen(("sh", "-c", shell, "sh", sys.executable) + tuple(flags) + (
         "-c", source), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         **popen)
@@ -3631,17 +4253,19 @@ class LockedDownPlaces(Hostile):
     def test_may_have_few_descriptors_or_none(self):
         """None is told with its remedies, not taken for a name unknown or a server's fault; those
         threads that get none leave the work to the others: nothing is lost."""
-        for options, body in (("max_retries=0", """
+        for host, options, body in (("localhost", "max_retries=0", """
                 error = next(client.map(["Hi"], return_exceptions=True))
                 if error.code != "no_socket" or "ulimit -n" not in str(error):
                     sys.exit(repr(error))
-                for fd in held: os.close(fd)"""), ("max_concurrency=12, max_delay=0.1", """
+                for fd in held: os.close(fd)"""), (
+                    "127.0.0.1", "max_concurrency=12, max_delay=0.1", """
                 for fd in held[:4]: os.close(fd)
                 prompts = list(map(str, range(24)))
                 texts = [done.text for done in client.map(prompts)]
                 if texts != prompts: sys.exit(repr(texts))
                 for fd in held[4:]: os.close(fd)""")):
             with self.subTest(options=options), Server(forever=reply_echo) as server:
+                server.url = server.url.replace("127.0.0.1", host)
                 self.assertEqual(end(start(server, "import resource", """
                 resource.setrlimit(resource.RLIMIT_NOFILE, (20, 20))
                 held = []
@@ -3680,6 +4304,7 @@ class Threads(Hostile):
 
     def test_of_a_callback_do_not_wait_for_themselves(self):
         """ask(), map() and close() in a callback or in on_record: done or refused, no deadlock."""
+        self.replace(cometlimit, _CLOSING=6.0)
         for name, place in itertools.product(("ask", "map", "close"), ("callback", "on_record")):
             began, ended = threading.Event(), threading.Event()
 
@@ -3694,7 +4319,7 @@ class Threads(Hostile):
                 call = client.submit("1")
                 if place == "callback":
                     call.add_done_callback(again)
-                self.assertTrue(ended.wait(2.0), "a deadlock")
+                self.assertTrue(ended.wait(4.0), "a deadlock")
                 self.assertEqual(call.result(TIMEOUT).text, "1")
                 client.close()
 
@@ -3739,15 +4364,14 @@ class Threads(Hostile):
         """Each has its own key, connection and limit."""
         with Server(forever=reply_echo) as one, Server(forever=reply_echo) as two:
             first, second = self.client(one), self.client(two, api_key="sk-other-key")
-            calls = [client.submit(str(n)) for n in range(20) for client in (first, second)]
-            self.assertEqual([call.result().text for call in calls],
-                             [str(n) for n in range(20) for _ in range(2)])
+            for call in [client.submit("Hi") for client in (first, second) * 20]:
+                self.assertEqual(call.result(TIMEOUT).text, "Hi")
             first.close()
             self.assertEqual(second.ask("on"), "on")
             for server, key, count in ((one, KEY, 20), (two, "sk-other-key", 21)):
-                self.assertEqual({r.headers["authorization"] for r in server.requests},
-                                 {"Bearer " + key})
-                self.assertEqual((len(server.requests), server.connections), (count, 1))
+                self.assertEqual([r.headers["authorization"] for r in server.requests],
+                                 ["Bearer " + key] * count)
+                self.assertEqual(server.connections, 1)
 
 
 class WhatFuzzingFound(CommandLine):
@@ -3755,34 +4379,6 @@ class WhatFuzzingFound(CommandLine):
 
     ROW = (b'{"id":"x","custom_id":"a","error":null,"response":'
            b'{"status_code":200,"body":{"x":1}}}')
-
-    def test_by_bytes_after_an_answer(self):
-        """They, and a chunk of -1 bytes, which is no leave to read for ever, end the connection."""
-        for data, code in (
-                (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}\r\n", 200),
-                (b"HTTP/1.1 429 x\r\nTransfer-Encoding: chunked\r\n\r\n-1\r\n" + b"x" * 9999, 429)):
-            ours, other = socket.socketpair()
-            with self.subTest(data=data[:60]), ours, other:
-                limit = unittest.mock.patch.object(cometlimit, "_MAX_ANSWER", 1000)
-                wire = cometlimit._Wire(types.SimpleNamespace(head=b""))
-                wire.sock, wire.expires = ours, cometlimit._now() + 1
-                wire.reader = cometlimit._Reader(wire)
-                other.sendall(data)
-                with limit:
-                    self.assertEqual(wire._exchange(b"").status, code)
-                self.assertFalse(wire._is_quiet())
-
-    def test_by_words_of_a_server(self):
-        """Numbers and dates that only look like some; a byte order mark before an error."""
-        hidden = {"message": "m", "code": "bad_response_status_code", "param": "\u00b2"}
-        for line, retryable, retry_after in (
-                (status(503, "", {"Retry-After": "Sun, 06 Nov 2094 1.2.3.4 GMT"}), True, None),
-                (status(503, "", {"Retry-After": "1 \x1d"}), True, None),
-                (status(500, {"error": hidden}), True, None),
-                (status(503, b'\xef\xbb\xbf{"error":{"code":"model_not_found"}}'), False, None)):
-            with self.subTest():
-                error = self.outcome(line, max_retries=0)
-                self.assertEqual((error.retryable, error.retry_after), (retryable, retry_after))
 
     def test_by_json_beyond_bounds(self):
         """Refused at once: what overflows, takes the square of its length, or nests too deep."""
