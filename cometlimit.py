@@ -831,8 +831,7 @@ class Throttle:
     START = 20.0        # requests/s at first: one leaves while a refusal comes back
     DIP = 0.97          # of the measured rate, to begin with: a bucket fills a little
     EVEN = 0.7          # growth ~ rate ** EVEN: under 1, so that small shares catch up
-    GROWN = 25, 47.0    # requests, seconds in which the rate may double: a minute,
-    ROUGH = 6.0         # or this many times the last stretch: a short one is inexact
+    GROWN = 25, 47.0    # requests, seconds in which the rate may double: a minute
     FALL = 0.65         # of the rate is kept by one measurement: it may be an outage
     SPARE = 0.7         # of what a limiter gains in a pause is used at once
     EXACT = 3, 2.0      # requests and seconds that make a measurement
@@ -849,7 +848,7 @@ class Throttle:
         self._count = self._flying = 0      # requests so far; in flight
         self._probe, self._alone = 0, 0.0   # first after the pause; seconds it is alone
         self._shut = 0.0                    # nothing has got through since
-        self._ramp, self._double = self.START, 1.0  # first rate; growth takes so long
+        self._ramp = self.START             # the rate before it is measured
         self._empty, self._since = 0, 0.0   # the stretch's start: ticket, time
         self._lost = self._before = 0       # refused in it; before the suspicion
         self._suspect = Ticket(-1, 0.0, 0)  # the refusal under test
@@ -893,7 +892,7 @@ class Throttle:
         elif ticket.number < self._probe:
             pass                            # the same congestion
         elif self.window is not None and ticket.others >= self.window:
-            self._hold(ticket.others, now, 2 * self._double)    # try one more later
+            self._hold(ticket.others, now)
         elif self._is_limit(ticket, now):
             self._congested(ticket, now, told if self._proved > 1 else 0.0)
 
@@ -925,11 +924,10 @@ class Throttle:
         capped = 0 < others == self._cap and self._passed <= 1
         self._cap, self._passed, self.window = others, 0, None
         if capped:
-            self._hold(others, now, self._double)
+            self._hold(others, now)
 
-    def _hold(self, window: int, now: float, double: float) -> None:
+    def _hold(self, window: int, now: float) -> None:
         self.window, self.rate, self._test = window, None, range(0)
-        self._double = min(self.GROWN[1], double)
         self._probe, self._alone, self.until, self._shut = self._count, 0.0, now, now
 
     def _pause(self, ticket: Ticket, now: float, told: float) -> None:
@@ -950,13 +948,12 @@ class Throttle:
             self._ramp = 0.5 * (self._ramp + 0.69 * taken)
         elif taken >= 1:
             self.rate = max(taken / seconds, self.FALL * (self.rate or 0.0))
-            self._double = min(self.GROWN[1], self.ROUGH * seconds)
         self._lost -= self._before + 1
         self._empty, self._since = empty.number, empty.time
 
     def _growth(self, now: float) -> float:     # 1: the limit may have doubled
         sent, passed = self._count - self._probe, max(0.0, now - self.until)
-        return float(min(sent / self.GROWN[0], passed / self._double) ** 2)
+        return float(min(sent / self.GROWN[0], passed / self.GROWN[1]) ** 2)
 
     def _interval(self, now: float) -> float:
         if self.window is not None:
