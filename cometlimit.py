@@ -830,7 +830,6 @@ class Throttle:
     """
     START = 20.0        # requests/s at first: one leaves while a refusal comes back
     DIP = 0.97          # of the measured rate, to begin with: a bucket fills a little
-    EVEN = 0.7          # growth ~ rate ** EVEN: under 1, so that small shares catch up
     GROWN = 25, 47.0    # requests, seconds in which the rate may double: a minute
     FALL = 0.65         # of the rate is kept by one measurement: it may be an outage
     SPARE = 0.7         # of what a limiter gains in a pause is used at once
@@ -960,8 +959,7 @@ class Throttle:
             return 0.0
         if self.rate is None:               # doubles each second: ln 2 = 0.69
             return 1 / (self._ramp + 0.69 * (self._count - self._probe))
-        grown: float = self.rate ** self.EVEN * self._growth(now)
-        return 1 / (self.DIP * self.rate + grown)
+        return 1 / (self.rate * (self.DIP + self._growth(now)))
 
 
 # Metrics
