@@ -1525,6 +1525,15 @@ class ALimit(Case):
                     client.submit(prompt)
         self.assertEqual("".join(request.prompt for request in server.requests), "abacd")
 
+        waiting = threading.Event()
+        with Server(lambda request: waiting.wait(TIMEOUT) and reply("a"), forever=reply_echo) as server:
+            with self.client(server) as client:
+                for prompt, model in (("a", "x"), ("b", "y"), ("c", "x")):
+                    client.submit(prompt, model=model)
+                    time.sleep(0.2)  # for its thread to wait
+                waiting.set()
+        self.assertEqual("".join(request.prompt for request in server.requests), "abc")
+
     def test_is_not_learnt_from_a_prompt_that_is_refused_each_time(self):
         """Refused again, though later requests were answered, it says nothing about load."""
         self.real_time()
@@ -4196,7 +4205,7 @@ class TrustedCertificates(Hostile):
                     self.assertEqual(self.client(server, ca_file=option).ask("Hi"), "yes")
         bad = [(name, path) for path in (none, empty) for name in (
             "ca_file", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")]
-        if sys.version_info >= (3, 8):
+        if sys.version_info >= (3, 8) and not sys.flags.ignore_environment:
             bad.append(("SSLKEYLOGFILE", none))
         for name, path in bad:
             with self.subTest(name=name, path=path), unittest.mock.patch.dict(
