@@ -1526,7 +1526,8 @@ class ALimit(Case):
         self.assertEqual("".join(request.prompt for request in server.requests), "abacd")
 
         waiting = threading.Event()
-        with Server(lambda request: waiting.wait(TIMEOUT) and reply("a"), forever=reply_echo) as server:
+        with Server(lambda request: waiting.wait(TIMEOUT) and reply("a"),
+                    forever=reply_echo) as server:
             with self.client(server) as client:
                 for prompt, model in (("a", "x"), ("b", "y"), ("c", "x")):
                     client.submit(prompt, model=model)
