@@ -887,6 +887,7 @@ class AFailure(Case):
                 (True, status(400, headers={"x-should-retry": "true"})),
                 (True, status(200, {"base_resp": {"status_code": 1002}})),
                 (True, hang_up()), (True, reset()), (True, cut_short()), (True, cut_short(503)),
+                (False, cut_short(400)),
                 (True, status(200, {"choices": [half]})), (True, status(200, {"choices": []})),
                 (False, status(200, "<html>hi</html>")), (True, cut_short(body=b"<html>"))):
             with self.subTest(again=again, line=line):
@@ -1524,6 +1525,16 @@ class ALimit(Case):
                 for prompt in "abcd":
                     client.submit(prompt)
         self.assertEqual("".join(request.prompt for request in server.requests), "abacd")
+
+        waiting = threading.Event()
+        with Server(lambda request: waiting.wait(TIMEOUT) and reply("a"),
+                    forever=reply_echo) as server:
+            with self.client(server) as client:
+                for prompt, model in (("a", "x"), ("b", "y"), ("c", "x")):
+                    client.submit(prompt, model=model)
+                    time.sleep(0.2)  # for its thread to wait
+                waiting.set()
+        self.assertEqual("".join(request.prompt for request in server.requests), "abc")
 
     def test_is_not_learnt_from_a_prompt_that_is_refused_each_time(self):
         """Refused again, though later requests were answered, it says nothing about load."""
@@ -4005,7 +4016,8 @@ class TheProxy(Hostile):
 
     def test_that_refuses_is_believed(self):
         """407, 403 and redirects are for good; 502, 503 and 504 may pass; garbage may, too."""
-        login = " (login for the proxy: http://user:password@host:port in https_proxy)"
+        login, told = " (login for the proxy: http://user:password@host:port in https_proxy)", []
+        self.throttle(refused=lambda own, *rest: told.append(rest[2]))
         for code, attempts, hint in ((407, 1, login), (403, 1, ""), (302, 1, ""), (502, 3, ""),
                                      (503, 3, ""), (504, 3, "")):
             with self.subTest(code=code), Proxy(refuse=code) as proxy:
@@ -4015,6 +4027,7 @@ class TheProxy(Hostile):
                     error, cometlimit.APIConnectionError, "the proxy 127.0.0.1:%d refuses: %d Any%s"
                     % (proxy.port, code, hint), attempts=attempts, retryable=attempts > 1)
                 self.assertEqual(len(proxy.heads), attempts)
+        self.assertEqual(told, [503] * 9)  # what may pass says something about load
         for data in (b"nonsense\r\n\r\n", b"", b"HTTP/1.1 200 OK\r\n\r\nnonsense, not TLS"):
             def answer(sock):
                 sock.recv(1 << 16)
@@ -4119,7 +4132,7 @@ class TrustedCertificates(Hostile):
                     self.assertEqual(self.client(server, ca_file=option).ask("Hi"), "yes")
         bad = [(name, path) for path in (none, empty) for name in (
             "ca_file", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")]
-        if sys.version_info >= (3, 8):
+        if sys.version_info >= (3, 8) and not sys.flags.ignore_environment:
             bad.append(("SSLKEYLOGFILE", none))
         for name, path in bad:
             with self.subTest(name=name, path=path), unittest.mock.patch.dict(
