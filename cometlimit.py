@@ -83,6 +83,7 @@ _AFTER_DONE = 1.0       # seconds that a stream may go on after it has said [DON
 _MAX_ANSWER = 64 << 20  # bytes; more than any completion, less than the memory
 _MAX_ERROR = 64 << 10   # bytes; a gateway was seen to send an error of 114 MB
 _SILENT = (408, 504, 524)  # what gateways answer where a request was silent too long
+_MANY = 10              # answers that tell a prompt's own fault from a limit
 _DOUBT = 60.0           # seconds after an answer in which "no money" is not believed
 
 _encode = json.JSONEncoder(allow_nan=False).encode
@@ -391,8 +392,7 @@ class _Call:
         self.since = _now()          # when it began to wait
         self.place = 0               # among the calls that wait for their turn
         self.ticket: Any = None      # the throttle's, while in flight
-        self.sent = 0                # its number among the model's requests
-        self.refused = math.inf      # that number when it was first refused
+        self.refused = math.inf      # the model's answers when it was last refused
         self.attempts = 0
         self.records: Tuple[Record, ...] = ()
         self.request: Optional[_Request] = None  # the last one
@@ -411,8 +411,8 @@ class _Model:
         self.throttle = Throttle(client.max_delay, _random)
         self.new: Deque[_Call] = collections.deque()      # without a thread yet
         self.waiting: Deque[_Call] = collections.deque()  # for their turn
-        self.sent = self.answered = 0       # requests; the latest with an answer
-        self.answered_at = -math.inf        # when that came
+        self.answers = 0                    # so far
+        self.answered_at = -math.inf        # when the last came
         self.stream: Optional[bool] = None  # True: it needs streams; False: it has none
         self.stream_options = True          # False: it refuses this field
 
@@ -571,17 +571,16 @@ class _Pool:
         with self.lock:
             now = _now()
             if isinstance(outcome, Completion):
-                model.answered, model.answered_at = max(model.answered, call.sent), now
+                model.answers, model.answered_at = model.answers + 1, now
                 model.stream = call.stream or model.stream  # it needs what passed
-            # Refused again, although later requests were answered: that is the prompt's
-            # own fault, and says nothing about load.
-            if load is None or call.given_up or call.refused < model.answered:
+            # Refused again, although many others were answered meanwhile: that is the
+            # prompt's own fault, and says nothing about load.
+            if load is None or call.given_up or model.answers >= call.refused + _MANY:
                 throttle.answered(call.ticket, now)
             else:
                 wish = outcome.retry_after if isinstance(outcome, Error) else None
                 throttle.refused(call.ticket, now, load, wish)
-            if load is not None:
-                call.refused = min(call.refused, call.sent)
+            call.refused = call.refused if load is None else model.answers
             stats = self.metrics[self.endpoint.route, model.name]
             stats.rate, stats.window = throttle.rate, throttle.window
             stats.chance = throttle.chance
@@ -757,9 +756,7 @@ class _Gate:
         return math.inf
 
     def _send(self, call: _Call, now: float) -> None:
-        model = call.model
-        model.sent += 1
-        call.sent, call.ticket = model.sent, model.throttle.sent(now)
+        call.ticket = call.model.throttle.sent(now)
         self.in_flight += 1
         if self.client.max_rate is not None:
             self.next_at = now + 1 / self.client.max_rate
