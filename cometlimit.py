@@ -1997,8 +1997,9 @@ def _options(argv: Optional[List[str]]) -> Any:
         formatter_class=argparse.RawDescriptionHelpFormatter)
     _add_options(parser.add_argument)
     options, unknown = parser.parse_known_args(argv)
-    if not options.demo and (options.prompts, options.input_file) in (
-            ([], None), (["-"], None)):
+    if options.demo and not unknown:
+        return options
+    if options.prompts in ([], ["-"]) and options.input_file is None:
         options.prompts, options.input_file = [], "-"
     by_hand = options.input_file in (None, "-") and not options.output_file
     options.form = "text" if options.text else "array" if by_hand else "rows"
@@ -2051,7 +2052,7 @@ def _check(options: Any, unknown: List[str], by_hand: bool) -> None:
             (options.prompts and files[0], "give either prompts or -i"),
             (files[0] == "-" and (sys.stdin is None or sys.stdin.isatty()),
              "nothing to ask: give prompts, -i FILE or lines on stdin"),
-            (options.model == "" or by_hand and not (options.model or options.demo),
+            (options.model == "" or by_hand and options.model is None,
              "name a model: -m MODEL"),
             (options.text and files[1], "--text goes to stdout, not to -o"),
             ("" in files, "-i, -o and --joblog take the name of a file")):
@@ -2094,7 +2095,6 @@ def _json_or_word(text: str) -> Any:
 
 
 # Rows
-
 
 _NO_ROWS = tuple((re.compile(pattern, re.S).match, what) for pattern, what in (
     (br"\x1f\x8b|PK\x03\x04|\xfd7zXZ|BZh\d|\x28\xb5\x2f\xfd|PAR1", "packed: unpack it"),
@@ -2296,9 +2296,8 @@ class _Stream:
         if row and outcome and self.form == "rows":
             data = _result(row, outcome)
         elif text is not None:
-            text = text + "\n" if self.form == "text" else (
-                json.dumps(text, ensure_ascii=False))
-            data = text.encode("utf-8", "backslashreplace")
+            data = (text + "\n" if self.form == "text" else json.dumps(
+                text, ensure_ascii=False)).encode("utf-8", "backslashreplace")
         self.early[n] = data
         while self.written in self.early:
             self.write(comma if self.written else start)
@@ -2382,8 +2381,8 @@ class _Checkpoint:
         response = response if isinstance(response, dict) else {}
         status, body = response.get("status_code"), response.get("body")
         self.skipped.discard(name)
-        is_good = error is None and status in range(200, 300)
-        if is_good and isinstance(body, dict) and body and not body.get("error"):
+        if error is None and status in range(200, 300) and (
+                isinstance(body, dict) and body and not body.get("error")):
             found = re.match("batch_req_[0-9a-f]{16}(?:_([0-9a-f]{16}))?$",
                              str(result.get("id")))
             # Rows of other programs have no mark; version 1.0 made marks that fit none.
@@ -2403,12 +2402,12 @@ class _Checkpoint:
         """What is to be done with the input's next row, and what is wrong with it."""
         found = self.found.get(row.id, 0)
         place, mark = divmod(abs(found), 1 << 64)
-        is_other = mark not in (0, int(row.mark, 16))
-        self.places.append(0 if is_other else place)
-        if is_other:
+        self.places.append(0)
+        if mark not in (0, int(row.mark, 16)):
             return _NEW, ("%s is of another input or other settings: there, %r asked "
                           "something else. Name another -o, or delete such rows" % (
                               self.path, row.id))
+        self.places[-1] = place
         self.found.pop(row.id, None)
         is_kept = found > 0 or row.id in self.skipped
         return _DONE if is_kept else _FAILED if found else _NEW, ""
@@ -2490,9 +2489,9 @@ class _Screen:
         self.is_reached = False
         self.began = time.monotonic()
         self.past = collections.deque([(self.began, 0)])  # what was done by when
-        shared = options.output_file in (None, "-") and sys.stdout  # with the answers
-        self.bar = not (options.quiet or shared and shared.isatty()) and (
-            sys.stderr and sys.stderr.isatty())
+        answers = options.output_file in (None, "-") and sys.stdout
+        self.bar = not (options.quiet or answers and answers.isatty()) and (
+            sys.stderr and sys.stderr.isatty())  # a line that is drawn again and again
         self.due = self.began + (0.0 if self.bar else _PLAIN)
 
     def attempt(self, record: Record, client: Client) -> None:

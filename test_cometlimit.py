@@ -2616,6 +2616,7 @@ class AnAccident(CommandLine):
             self.finish(self.start("-i", "in", "-o", "out", stderr=full), 0)
             os.unlink("out")
             self.finish(self.start("-i", "in", "-o", "out", "--joblog", "/dev/full"), 0)
+            self.assertEqual(self.err.count("job log cannot"), 1)
         self.assertTrue(self.answers())
 
     def test_of_a_reader_that_leaves_is_no_failure(self):
