@@ -94,20 +94,10 @@ def raw(data, keep=False):
     return Line(lambda sock: sock.sendall(data), keep)
 
 
-def close_idle(line):
-    """An answer after which the server closes the connection without having said so."""
-    return Line(line.send)
-
-
-def hang_up():
-    """The end of the connection without a byte."""
-    return Line(lambda sock: None)
-
-
-def reset():
-    """The end of the connection by RST."""
-    return Line(lambda sock: sock.setsockopt(
-        socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)))
+# The end of the connection without a byte, and the same by RST
+HANG_UP = Line(lambda sock: None)
+RESET = Line(lambda sock: sock.setsockopt(
+    socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)))
 
 
 def cut_short(code=200, body=b'{"choices": ['):
@@ -125,19 +115,14 @@ def stall(gone=None):
     return Line(send)
 
 
-def drip(part, seconds, pause=0.02):
-    """Bytes that trickle for so many seconds, in the status line, headers, body or chunks."""
-    head = b"HTTP/1.1 200 OK\r\n"
-    start, piece = {"status": (b"HTTP/1.1 200 ", b"O"), "headers": (head + b"X: ", b"y"),
-                    "body": (head + b"Content-Length: 1000000\r\n\r\n", b" "),
-                    "chunks": (head + b"Transfer-Encoding: chunked\r\n\r\n", b"1\r\n \r\n")}[part]
-
+def flood(start, piece, pause=0.0):
+    """These bytes, then a piece after the other until the client hangs up."""
     def send(sock):
         sock.sendall(start)
-        end = time.monotonic() + seconds
-        while time.monotonic() < end:
+        while piece:
             sock.sendall(piece)
             time.sleep(pause)
+        stall().send(sock)
     return Line(send)
 
 
@@ -156,15 +141,27 @@ class Request:
         self.prompt = self.body["messages"][-1]["content"] if self.body else None
 
 
-class Listener:
-    """A port of 127.0.0.1 with a thread for each connection; all end with the block."""
+class Server:
+    """A port of 127.0.0.1 with a thread for each connection; all end with the block.
+
+    Each request takes the next line of the script: a Line, or a function of the request that
+    returns one. What is beyond the script gets `forever` or, without it, status 599. The block
+    fails if a line is left. job(sock) has each connection to itself instead. tls is the name or
+    address in its certificate."""
+
+    def __init__(self, *script, forever=None, job=None, tls=None):
+        self.script, self.forever, self.job, self.tls = list(script), forever, job, tls
+        self.requests = [] if forever is None else collections.deque(maxlen=2000)
+        self.sockets, self.threads, self.faults = [], [], []
+        self.flying = self.peak = self.connections = 0
+        self.changed, self.ending = threading.Condition(), False
 
     def __enter__(self):
-        self.sockets, self.threads, self.faults, self.connections = [], [], [], 0
-        self.ending, self.listener = False, socket.socket()
+        self.listener = socket.socket()
         self.listener.bind(("127.0.0.1", 0))
         self.listener.listen(128)
         self.port = self.listener.getsockname()[1]
+        self.url = "%s://127.0.0.1:%d/v1" % ("https" if self.tls else "http", self.port)
         self.start(self.accept)
         return self
 
@@ -192,42 +189,12 @@ class Listener:
         self.sockets.append(sock)
         return sock
 
-    def __exit__(self, kind, *_):
-        self.ending = True
-        socket.create_connection(("127.0.0.1", self.port), TIMEOUT).close()  # wakes accept()
-        self.threads[0].join(TIMEOUT)
-        for sock in list(self.sockets):
-            with contextlib.suppress(OSError):
-                socket.socket.shutdown(sock, socket.SHUT_RDWR)
-        for thread in self.threads:
-            thread.join(TIMEOUT)
-        for sock in self.sockets + [self.listener]:
-            sock.close()
-        if kind is None and self.faults:
-            raise self.faults[0]
-
-
-class Server(Listener):
-    """Each request takes the next line of the script: a Line, or a function of the request that
-    returns one. What is beyond the script gets `forever` or, without it, status 599. The block
-    fails if a line is left. tls=NAME shows a certificate for that name, or address."""
-
-    def __init__(self, *script, forever=None, tls=None):
-        self.script, self.forever, self.tls = list(script), forever, tls
-        self.requests = [] if forever is None else collections.deque(maxlen=1000)
-        self.flying = self.peak = 0
-        self.changed = threading.Condition()
-
-    def __enter__(self):
-        super().__enter__()
-        self.url = "%s://127.0.0.1:%d/v1" % ("https" if self.tls else "http", self.port)
-        return self
-
     def serve(self, sock, number):
         if self.tls:
-            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-            context.load_cert_chain(certificate(self.tls))
-            sock = self.own(context.wrap_socket(sock, server_side=True))
+            sock = self.own(server_context(certificate(self.tls)).wrap_socket(sock, True))
+        if self.job:
+            with sock:
+                return self.job(sock)
         with sock, sock.makefile("rb") as reader:
             while reader.peek(1):
                 request = Request(reader, number)
@@ -253,16 +220,28 @@ class Server(Listener):
                 raise AssertionError("%d requests, not %d" % (len(self.requests), count))
 
     def __exit__(self, kind, *_):
-        super().__exit__(kind, *_)
+        self.ending = True
+        socket.create_connection(("127.0.0.1", self.port), TIMEOUT).close()  # wakes accept()
+        self.threads[0].join(TIMEOUT)
+        for sock in list(self.sockets):
+            with contextlib.suppress(OSError):
+                socket.socket.shutdown(sock, socket.SHUT_RDWR)
+        for thread in self.threads:
+            thread.join(TIMEOUT)
+        for sock in self.sockets + [self.listener]:
+            sock.close()
+        if kind is None and self.faults:
+            raise self.faults[0]
         if kind is None and self.script:
             raise AssertionError("%d lines of the script were not used" % len(self.script))
 
 
-class Proxy(Listener):
+class Proxy(Server):
     """A proxy that keeps the head of each request in `heads`; refuse=407 says so to each; `slip`
     are bytes that it sends in the server's place after its own answer."""
 
     def __init__(self, refuse=None, slip=b""):
+        super().__init__()
         self.refuse, self.slip, self.heads = refuse, slip, []
 
     def serve(self, sock, number):
@@ -295,40 +274,40 @@ class Certificates:
     folder = None  # made by the first test that needs it
 
 
-def certificate(name, signed=True):
-    """The file of a certificate (and its key) for a name or an address, by the CA of "ca"; not
-    signed: by itself. Skips the test where there is no openssl command."""
+def openssl(*words):
+    subprocess.run(("openssl",) + words, check=True, stdout=subprocess.DEVNULL,
+                   stderr=subprocess.DEVNULL, timeout=TIMEOUT)
+
+
+def certificate(name, signed=True, days="2", usage="keyUsage=critical,keyCertSign,cRLSign"):
+    """The file of a certificate for a name or an address, by the CA of "ca" or, not signed, by
+    itself. All have one key. Skips the test where there is no openssl command."""
     if shutil.which("openssl") is None:
         raise unittest.SkipTest("there is no openssl command")
     if Certificates.folder is None:
         Certificates.folder = tempfile.mkdtemp()
-    base = os.path.join(Certificates.folder, "%s%d" % (name, signed))
-    if not os.path.exists(base + ".pem"):
+        openssl("ecparam", "-genkey", "-name", "prime256v1", "-out", Certificates.folder + "/key")
+    key, words = Certificates.folder + "/key", (name, signed, days, len(usage))
+    base = os.path.join(Certificates.folder, "%s-%s-%s-%s" % words)
+    if not os.path.exists(base):
         kind = "IP" if name[0].isdigit() else "DNS"
-        extensions = ("CA:TRUE\nkeyUsage=critical,keyCertSign,cRLSign" if name == "ca" else
-                      "CA:FALSE\nsubjectAltName=%s:%s" % (kind, name))
         with open(base + ".cnf", "w") as file:
-            file.write("[req]\ndistinguished_name=dn\nprompt=no\n[dn]\nCN=%s\n[ext]\n"
-                       "subjectKeyIdentifier=hash\n%sbasicConstraints=critical,%s\n" % (
-                           name, "" if name == "ca" else "authorityKeyIdentifier=keyid\n",
-                           extensions))
+            file.write("[req]\ndistinguished_name=dn\nprompt=no\n[dn]\nCN=%s\n[ext]\n" % name + (
+                "subjectKeyIdentifier=hash\nbasicConstraints=critical,CA:TRUE\n" + usage
+                if name == "ca" else "authorityKeyIdentifier=keyid\nbasicConstraints=critical,"
+                "CA:FALSE\nsubjectKeyIdentifier=hash\nsubjectAltName=%s:%s" % (kind, name)))
+        openssl("req", "-new", "-config", base + ".cnf", "-key", key, "-out", base + ".csr")
+        issuer = ("-signkey", key) if name == "ca" or not signed else (
+            "-CAcreateserial", "-CA", certificate("ca"), "-CAkey", key)
+        openssl("x509", "-req", "-days", days, "-in", base + ".csr", "-out", base,
+                "-extfile", base + ".cnf", "-extensions", "ext", *issuer)
+    return base
 
-        def openssl(*words):
-            subprocess.run(("openssl",) + words, check=True, stdout=subprocess.DEVNULL,
-                           stderr=subprocess.DEVNULL, timeout=TIMEOUT)
-        own = name == "ca" or not signed
-        openssl("req", "-new", "-newkey", "rsa:2048", "-nodes", "-config", base + ".cnf",
-                "-keyout", base + ".key", "-out", base + ".csr")
-        issuer = () if own else ("-CAcreateserial", "-CA", certificate("ca"), "-CAkey",
-                                 certificate("ca")[:-4] + ".key")
-        openssl("x509", "-req", "-days", "2", "-in", base + ".csr", "-out", base + ".crt",
-                "-extfile", base + ".cnf", "-extensions", "ext",
-                *(issuer or ("-signkey", base + ".key")))
-        with open(base + ".pem", "w") as file:
-            for end in (".crt", ".key"):
-                with open(base + end) as part:
-                    file.write(part.read())
-    return base + ".pem"
+
+def server_context(file):
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(file, Certificates.folder + "/key")
+    return context
 
 
 def setUpModule():
@@ -530,7 +509,7 @@ class Values(Case):
         script = {cometlimit.RateLimitError: failure("busy", 429),
                   cometlimit.APIStatusError: failure("bad", 400),
                   cometlimit.APIResponseError: failure("bad", 200),
-                  cometlimit.APIConnectionError: hang_up(), cometlimit.APITimeoutError: stall()}
+                  cometlimit.APIConnectionError: HANG_UP, cometlimit.APITimeoutError: stall()}
         values = [self.outcome(line, max_retries=0, timeout=0.1) for line in script.values()]
         self.assertEqual([type(value) for value in values], list(script))
         values += [cometlimit.Error("e", attempts=2), cometlimit.ConfigurationError("c")]
@@ -605,7 +584,7 @@ class OneQuestion(Case):
     def test_is_sent_again_on_a_kept_connection_that_died(self):
         """Once, as the same attempt, with a Record of its own: the server may charge for both. A
         second hang-up counts."""
-        with Server(reply("a"), hang_up(), reply("b"), reset(), hang_up()) as server:
+        with Server(reply("a"), HANG_UP, reply("b"), RESET, HANG_UP) as server:
             records = []
             with self.client(server, max_retries=0, on_record=records.append) as client:
                 self.assertEqual([client.complete("Hi").attempts for _ in "ab"], [1, 1])
@@ -912,7 +891,7 @@ class AFailure(Case):
 
     def test_of_the_connection_may_pass(self):
         """A hang-up, a reset, a cut-off body: tried again, and told apart from an answer."""
-        for line in (hang_up(), reset(), cut_short(), raw(b"HTTP/1.1 200 OK\r\nConte"),
+        for line in (HANG_UP, RESET, cut_short(), raw(b"HTTP/1.1 200 OK\r\nConte"),
                      raw(b"nonsense\r\n\r\n"), cut_short(503)):
             with self.subTest():
                 self.check(True, line)
@@ -993,7 +972,7 @@ class AWait(Case):
         for options, waits in (({}, [1.0, 2.0, 4.0, 8.0]), ({"max_delay": 2}, [1.0, 1.6, 1.6, 1.6]),
                                ({"max_retries": 1}, [1.0])):
             with self.subTest(**options):
-                error = self.outcome(*[hang_up()] * (len(waits) + 1), **options)
+                error = self.outcome(*[HANG_UP] * (len(waits) + 1), **options)
                 self.assertEqual(error.attempts, len(waits) + 1)
                 self.assertEqual([round(wait, 6) for wait in self.waits], waits)
 
@@ -1773,7 +1752,7 @@ class TheMetrics(Case):
             return stats.rate, stats.window, stats.chance, stats.empty, stats.cut_off
         self.throttle(answered=learn)
         models = ["m", "n" * 24, "o" * 25, "p" * 60]
-        with Server(hang_up(), answer("", "stop"), answer("x", "length"), answer("", "length"),
+        with Server(HANG_UP, answer("", "stop"), answer("x", "length"), answer("", "length"),
                     answer(None, "tool_calls"), forever=lambda _: reply("yes")) as server:
             with self.client(server) as client:
                 for model in models[:1] * 4 + models[1:]:
@@ -2439,7 +2418,7 @@ class OutputRows(CommandLine):
                                               "body": refusal}, "odd"),
                 (status(404, {"detail": "x"}), {"status_code": 404, "request_id": "ours",
                                                 "body": {"detail": "x"}}, "http_404"),
-                (hang_up(), None, "connection_error"), (stall(), None, "timeout")):
+                (HANG_UP, None, "connection_error"), (stall(), None, "timeout")):
             with self.subTest(error=error), self.serve(script):
                 self.write("in", rows(1))
                 row = json.loads(self.cli("-q", "-i", "in", "--timeout", "0.3",
@@ -3583,55 +3562,8 @@ class TheThrottle(unittest.TestCase):
                 self.assertLess(throttle.until - now, 20.001)
 
 
-class Port(Server):
-    """A server of anything: job(sock) has each connection to itself."""
-
-    def __init__(self, job, tls=None):
-        super().__init__(tls=tls)
-        self.job = job
-
-    def serve(self, sock, number):
-        if self.tls:
-            sock = self.own(server_context(certificate(self.tls)).wrap_socket(sock, True))
-        with sock:
-            self.job(sock)
-
-
-def server_context(file):
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(file)
-    return context
-
-
 def https(server):
     return server.url.replace("http:", "https:")
-
-
-def flood(start, piece, pause=0.0):
-    """These bytes, then a piece after the other until the client hangs up."""
-    def send(sock):
-        sock.sendall(start)
-        while piece:
-            sock.sendall(piece)
-            time.sleep(pause)
-        stall().send(sock)
-    return Line(send)
-
-
-def certify_again(name, label, days="2", extensions=None):
-    """Another certificate for the subject and key of certificate(name)."""
-    certificate(name)
-    base = os.path.join(Certificates.folder, name + "1")
-    with open(base + ".cnf") as file, open(base + label + ".cnf", "w") as other:
-        other.write(file.read() if extensions is None else "[ext]\nbasicConstraints=" + extensions)
-    signer = ["-signkey", base + ".key"] if name == "ca" else [
-        "-CAcreateserial", "-CA", certificate("ca"), "-CAkey", certificate("ca")]
-    subprocess.run(["openssl", "x509", "-req", "-days", days, "-in", base + ".csr", "-out",
-                    base + label, "-extfile", base + label + ".cnf", "-extensions", "ext"] + signer,
-                   check=True, stderr=subprocess.DEVNULL, timeout=TIMEOUT)
-    with open(base + ".key") as key, open(base + label, "a") as pem:
-        pem.write(key.read())
-    return base + label
 
 
 HEAD = b"HTTP/1.1 200 OK\r\n"
@@ -3704,7 +3636,9 @@ class AHostileAnswer(Hostile):
         """Whatever drips or floods, in whichever part, over http and https."""
         self.real_time()
         early, header = b"HTTP/1.1 100 Continue\r\n\r\n", b"X: y\r\n"
-        lines = [drip(part, 3.0) for part in ("status", "headers", "body", "chunks")] + [
+        lines = [flood(start, piece, 0.02) for start, piece in (
+            (b"HTTP/1.1 200 ", b"O"), (HEAD + b"X: ", b"y"), (HEAD + CHUNKED, b"1\r\n \r\n"),
+            (HEAD + b"Content-Length: 1000000\r\n\r\n", b" "))] + [
             flood(b"", early, 0.02), flood(b"", early), flood(HEAD + CHUNKED + b"0\r\n", header),
             flood(HEAD + CHUNKED + b"0\r\n", header, 0.02), flood(HEAD, header, 0.02),
             flood(HEAD.replace(b"200 OK", b"503 No") + b"\r\n", b" ", 0.02)]
@@ -3871,7 +3805,7 @@ class AConnectionKept(Hostile):
         """A server that closes after each answer sees each request exactly once."""
         texts = [str(number) for number in range(40)]
         for tls in SCHEMES:
-            with Server(*[close_idle(reply(text)) for text in texts], tls=tls) as server:
+            with Server(*[Line(reply(text).send) for text in texts], tls=tls) as server:
                 with self.client(server, max_retries=0) as client:
                     for text in texts:
                         self.assertEqual(client.ask(text), text)
@@ -3883,8 +3817,8 @@ class AConnectionKept(Hostile):
         def partly(sock):
             sock.sendall(HEAD)
             time.sleep(0.02)
-            reset().send(sock)
-        for tls, line in itertools.product(SCHEMES, (hang_up(), reset())):
+            RESET.send(sock)
+        for tls, line in itertools.product(SCHEMES, (HANG_UP, RESET)):
             for script, error, prompts in (
                     ((reply("a"), line, reply("b")), False, "122"),
                     ((reply("a"), line, line), True, "122"), ((line,), True, "1"),
@@ -3899,7 +3833,7 @@ class AConnectionKept(Hostile):
     def test_is_not_replaced_when_nobody_waits(self):
         """A client that is closed meanwhile asks for no name and sends nothing again."""
         self.real_time()
-        with Server(reply("a"), hang_up()) as server:
+        with Server(reply("a"), HANG_UP) as server:
             self.addresses(server.port)
             client = self.client("http://localhost:%d/v1" % server.port,
                                  on_record=lambda record: record.status or client.close())
@@ -3918,7 +3852,7 @@ class AConnectionKept(Hostile):
                 while waits and sock.recv(1 << 16):
                     pass
         for tls, waits in ((None, False), (None, True), ("127.0.0.1", True)):
-            with self.subTest(tls=tls, waits=waits), Port(refuse, tls=tls) as server:
+            with self.subTest(tls=tls, waits=waits), Server(job=refuse, tls=tls) as server:
                 error = self.outcome_at(self.client(server), "x" * 20000000)
                 self.assertEqual((error.status_code, server.connections), (413, 1), error)
 
@@ -3992,7 +3926,7 @@ class TheClock(Hostile):
             flood(sock.recv(1 << 16)[:0], piece, 0.02).send(sock)
         pieces = b"", b"H", b"HTTP/1.1 100 Go\r\n\r\n"
         for piece, kind in itertools.product(pieces, ("", "proxy")):
-            with self.subTest(piece=piece, kind=kind), Port(silent) as server:
+            with self.subTest(piece=piece, kind=kind), Server(job=silent) as server:
                 os.environ["https_proxy"] = kind and "127.0.0.1:%d" % server.port
                 with self.within(5.0):
                     client = self.client(https(server), timeout=0.15, max_retries=0)
@@ -4004,7 +3938,7 @@ class TheClock(Hostile):
         """A server that never reads ends at the timeout; the text says which and what to do."""
         for tls in SCHEMES:
             gate = threading.Event()
-            with self.subTest(tls=tls), Port(lambda sock: gate.wait(6.0), tls=tls) as server:
+            with self.subTest(tls=tls), Server(job=lambda sock: gate.wait(6.0), tls=tls) as server:
                 with self.within(5.0):
                     error = self.outcome_at(self.client(server, timeout=0.3, max_retries=0),
                                             "x" * 8000000)
@@ -4026,8 +3960,8 @@ class TheClock(Hostile):
                            ("handshake", "s"), ("proxy", "s"), ("upload", None), ("upload", "s"),
                            ("answer", None), ("answer", "s")):
             met, gone, left = threading.Event(), threading.Event(), threading.Event()
-            with self.subTest(place=place, tls=tls), self.dead() as port, Port(
-                    silent, tls and place in ("upload", "answer") and "127.0.0.1") as server:
+            with self.subTest(place=place, tls=tls), self.dead() as port, Server(
+                    job=silent, tls=tls and place in ("upload", "answer") and "127.0.0.1") as server:
                 url = https(server) if tls else server.url
                 os.environ["https_proxy"] = "127.0.0.1:%d" % server.port if place == "proxy" else ""
                 if place in ("name", "connect"):
@@ -4142,7 +4076,7 @@ class TheProxy(Hostile):
             def answer(sock):
                 sock.recv(1 << 16)
                 sock.sendall(data)
-            with self.subTest(data=data), Port(answer) as proxy:
+            with self.subTest(data=data), Server(job=answer) as proxy:
                 self.use("https", proxy, "me:secret@")
                 error = self.outcome_at(self.client(NOWHERE, max_retries=1))
                 self.assertIs(type(error), cometlimit.APIConnectionError)
@@ -4191,7 +4125,7 @@ class TrustedCertificates(Hostile):
                     while socket.socket.recv(tls, 1 << 16):  # left unread, it would be a reset
                         pass
         seen, prompt = [], options.pop("prompt", "Hi")
-        with Port(serve) as server:
+        with Server(job=serve) as server:
             error = self.outcome_at(self.client(https(server), **options), prompt)
         self.assertIs(type(error), cometlimit.APIConnectionError)
         self.assertEqual((error.attempts, error.retryable), (1, False), error)
@@ -4202,9 +4136,9 @@ class TrustedCertificates(Hostile):
         """An unknown CA, another host, a past date: told with the remedy, once; whatever the
         program did to ssl's defaults. So is, where Python is strict, a CA without key usage."""
         self.replace(ssl, _create_default_https_context=ssl._create_unverified_context)
-        good, lax = certificate("127.0.0.1"), certify_again("ca", "lax", extensions="CA:TRUE")
+        good, lax = certificate("127.0.0.1"), certificate("ca", usage="")
         table = [(certificate("localhost"), {}), (good, {"ca_file": None}),
-                 (certify_again("127.0.0.1", "expired", days="0"), {}),
+                 (certificate("127.0.0.1", days="0"), {}),
                  (certificate("127.0.0.1", signed=False), {}),
                  (good, {"ca_file": certificate("localhost")})]
         if ssl.create_default_context().verify_flags & getattr(ssl, "VERIFY_X509_STRICT", 0):
@@ -4279,9 +4213,9 @@ class TrustedCertificates(Hostile):
 
     def test_of_a_server_that_goes_away_may_come_later(self):
         """A hang-up or a reset during the handshake may pass; a server without TLS does not."""
-        for line, attempts in ((hang_up(), 2), (reset(), 2), (raw(b"HTTP/1.1 400 No\r\n\r\n"), 1)):
-            with self.subTest(attempts=attempts), Port(
-                    lambda sock: sock.recv(1 << 16) and line.send(sock)) as server:
+        for line, attempts in ((HANG_UP, 2), (RESET, 2), (raw(b"HTTP/1.1 400 No\r\n\r\n"), 1)):
+            with self.subTest(attempts=attempts), Server(
+                    job=lambda sock: sock.recv(1 << 16) and line.send(sock)) as server:
                 error = self.outcome_at(self.client(https(server), max_retries=1))
                 self.assertIs(type(error), cometlimit.APIConnectionError)
                 self.assertEqual((error.attempts, server.connections), (attempts, attempts), error)
