@@ -160,7 +160,7 @@ class Record(NamedTuple):
     time: float               # when it left, as of time.time()
     route: str                # its path, such as /v1/chat/completions
     model: str                # as asked for
-    status: Optional[int]     # None without an answer
+    status: Optional[int]     # None where no answer began
     latency: float            # from connecting to the answer's last byte
     attempt: int              # 1 for the first
     waited: float             # before it, for its turn and in backoff
@@ -463,20 +463,22 @@ class _Pool:
 
         It waits for a turn, makes an attempt, learns, decides, backs off, and again.
         """
-        outcome: Optional[Outcome] = None
+        outcome: Outcome = APITimeoutError("not sent before its deadline")
         self.workers.add(threading.get_ident())
         call = self.gate.first(model)
-        while self.gate.turn(call):
-            verdict = self._attempt(call)
-            self._learn(call, verdict)
-            outcome, pause = verdict.outcome, self._decide(call, verdict)
-            if pause is None:
-                break
-            _tell(logging.INFO, "model %s: attempt %d of %d: %s; next in %.1f s",
-                  call.model.name, call.attempts, self.client.max_retries + 1, outcome,
-                  pause)
-            self.gate.back_off(call, pause)
-        self._finish(call, outcome or APITimeoutError("not sent before its deadline"))
+        try:
+            while self.gate.turn(call):
+                verdict = self._attempt(call)
+                self._learn(call, verdict)
+                outcome, pause = verdict.outcome, self._decide(call, verdict)
+                if pause is None:
+                    break
+                _tell(logging.INFO, "model %s: attempt %d of %d: %s; next in %.1f s",
+                      model.name, call.attempts, self.client.max_retries + 1, outcome,
+                      pause)
+                self.gate.back_off(call, pause)
+        finally:  # whatever happened, somebody waits for the outcome
+            self._finish(call, outcome)
 
     def _decide(self, call: _Call, verdict: "_Verdict") -> Optional[float]:
         """Seconds to the next attempt, at most max_delay; None: the outcome stands."""
@@ -699,8 +701,9 @@ class _Gate:
             return call
 
     def _enter(self, call: _Call) -> None:
-        call.place = next(self.places)
-        call.model.waiting.append(call)
+        if not call.given_up:
+            call.place = next(self.places)
+            call.model.waiting.append(call)
 
     def turn(self, call: _Call) -> bool:
         """Wait until the call may be sent; False when it may not be any more."""
@@ -807,58 +810,59 @@ def backoff(attempt: int, retry_after: Optional[float] = None, max_delay: float 
 
 class Ticket(NamedTuple):
     number: int
-    time: float
-    others: int     # in flight when this one left
+    time: float     # when it left
+    others: int     # in flight then
 
 
 class Throttle:
     """Learns from what comes back when the next request may leave: it is pure.
 
-    Until the first refusal the rate doubles each second. A refusal is a suspicion: a
-    few requests leave at once to test it. An empty limiter lets at most one pass; where
-    more pass, it was chance and changes nothing. After tests that found limits, some
-    refusals are believed untested.
-    1. The limiter was empty when a limit was found, and when the last one was: requests
-       taken / time is its rate. Nothing leaves until Retry-After or one interval is up;
-       while nothing gets through, one request at a time, after pauses that grow.
-    2. Then requests leave a little below the rate, and faster until the next limit.
-    3. Refused at one number in flight twice, and seldom answered there, it is a cap on
-       concurrency: a window holds instead of a rate, and Retry-After stops nobody.
+    Until the first refusal the rate doubles each second. A refusal is a suspicion, and
+    a few requests leave at once to test it: an empty limiter lets at most one of them
+    pass, chance most. Chance changes nothing. A limit that was found
+    1. makes a pause, of Retry-After or one interval. While nothing gets through, one
+       request probes, after pauses that grow.
+    2. measures the rate: the limiter was empty then and when the last limit was found.
+       Requests leave a little below that rate, and faster until the next limit.
+    3. is a cap on concurrency when it is met again at the same number in flight: then a
+       window holds instead of a rate, and Retry-After stops nobody.
+    Where tests find limits, half of the refusals are believed without one, and all of
+    those above the rate: a test costs refusals.
     """
     START = 20.0        # requests/s at first: one leaves while a refusal comes back
     DIP = 0.97          # of the measured rate, to begin with: a bucket fills a little
     EVEN = 0.7          # growth ~ rate ** EVEN: under 1, so that small shares catch up
-    GROWN = 25, 47.0    # requests, seconds in which the rate may double: a minute
-    ROUGH = 6.0         # or else this many times the last stretch, if that is less
+    GROWN = 25, 47.0    # requests, seconds in which the rate may double: a minute,
+    ROUGH = 6.0         # or this many times the last stretch: a short one is inexact
     FALL = 0.65         # of the rate is kept by one measurement: it may be an outage
     SPARE = 0.7         # of what a limiter gains in a pause is used at once
-    DOUBT = 0.01        # share of chance from which a test needs two refusals
     EXACT = 3, 2.0      # requests and seconds that make a measurement
-    PROVED = 4          # tests remembered
+    RARE = 0.01         # chance so rare needs no third request in a test
+    PROVED = 4          # tests remembered: servers change their ways
 
     def __init__(self, max_delay: float = 30.0,
                  random: Callable[[], float] = random.random) -> None:
         self.max_delay, self.random = max_delay, random
         self.rate: Optional[float] = None       # requests/s, once measured
         self.window: Optional[int] = None       # most in flight, when capped
-        self.congestions = self.chance = 0      # believed; refusals taken for chance
-        self.until = self._next = 0.0   # nothing leaves before either: pause and rate
-        self._shut = self._probe = 0.0  # nothing got through since; one goes alone
-        self._count = self._flying = self._first = 0    # tickets; first since the pause
-        self._empty, self._since, self._lost = 0, 0.0, 0  # ticket, time; refused since
-        self._ramp, self._full = self.START, True   # a bucket may be full at first
-        self._trust = 1.0                       # seconds in which the rate may double
-        self._suspect: Optional[Ticket] = None  # was refused: limit or chance?
-        self._doubted, self._before = 0.0, 0    # when it came back; refused before it
-        self._asked = self._end = self._hits = self._needed = 0   # the test
-        self._proved = 0                        # tests that found a limit lately
-        self._knee = self._passed = self._over = 0  # in flight then; answered, there
+        self.congestions = self.chance = 0      # limits found; refusals by chance
+        self.until = self._next = 0.0       # nothing leaves before: pause, rate
+        self._count = self._flying = 0      # requests so far; in flight
+        self._probe, self._alone = 0, 0.0   # first after the pause; goes alone so long
+        self._shut = 0.0                    # nothing has got through since
+        self._ramp, self._double = self.START, 1.0  # the rate at first; growth's time
+        self._empty, self._since = 0, 0.0   # the stretch's start: ticket, time
+        self._lost = self._before = 0       # refused in it; before the suspicion
+        self._suspect = Ticket(-1, 0.0, 0)  # the refusal under test
+        self._test, self._due = range(0), 0.0   # its requests; when their news is in
+        self._hits = self._proved = 0       # refused of them; tests that found limits
+        self._cap = self._passed = 0        # in flight at the last limit; passed there
 
     def wait(self, now: float) -> float:
         """0.0: leave now; seconds to wait; math.inf: until one in flight has ended."""
-        grown = (self.window or 0) * (1 + self._growth(now))
-        if self.window is not None and self._flying >= int(grown):
-            return math.inf
+        if self.window is not None:
+            if self._flying >= int(self.window * (1 + self._growth(now))):
+                return math.inf
         return min(self.max_delay, max(0.0, self.until - now, self._next - now))
 
     def sent(self, now: float) -> Ticket:
@@ -866,123 +870,106 @@ class Throttle:
         if self._count == 0:
             self.until = self._shut = self._since = now
         gain = self.SPARE * (self.until - self._shut) - 1 / (self.rate or 1e-9)
-        if self._count == self._first:
-            self._next, self.until = self.until - max(0.0, gain), now + self._probe
+        if self._count == self._probe:
+            self._next, self.until = self.until - max(0.0, gain), now + self._alone
         idle = max(0.0, now - max(0.0, gain) - self._next)
         self._since += idle if self.rate else 0.0   # nobody asked: it measures nothing
-        tests = self._asked <= self._count < self._end
-        self._next += idle + (0.0 if tests else self._interval(now))
+        self._next += idle + (0.0 if self._count in self._test else self._interval(now))
         self._count, self._flying = self._count + 1, self._flying + 1
         return Ticket(self._count - 1, now, self._flying - 1)
 
     def answered(self, ticket: Ticket, now: float) -> None:
         """The server took it: any answer that says nothing about load."""
         self._flying -= 1
-        self._passed += 1
-        self._over += ticket.others >= self._knee
+        self._passed += ticket.others >= self._cap
 
     def refused(self, ticket: Ticket, now: float, status: Optional[int],
                 retry_after: Optional[float] = None) -> None:
-        """It was turned away, whatever the status: the pattern decides."""
+        """It was turned away; not the status decides what it means but the pattern."""
         self._flying -= 1
         self._lost += ticket.number > self._empty
         told = min(self.max_delay, retry_after or 0.0)
-        if ticket.number < self._first:
+        if ticket.number < self._probe:
             pass  # left before the pause: the same congestion
-        elif self.congestions and ticket.number == self._first:
-            self._close(ticket, now, told)
-            self._knee = min(self._knee, ticket.others)  # a cap has no less
-            if told and self.rate is None:
-                self._since = max(self._since, now + self.SPARE * told)
+        elif self.congestions and ticket.number == self._probe:
+            self._pause(ticket, now, told)
         elif self.window is not None and ticket.others >= self.window:
-            self._hold(ticket, now)
+            self._hold(ticket.others, now, 2 * self._double)
         elif self._is_limit(ticket, now):
             self._congested(ticket, now, told if self._proved > 1 else 0.0)
 
     def _is_limit(self, ticket: Ticket, now: float) -> bool:
-        suspect, early = self._suspect, ticket.time - self._doubted < now - ticket.time
-        if suspect and (early or ticket.number < self._end):  # under way
-            next_to_it = ticket.number == suspect.number + self._hits + 1
-            self._hits += next_to_it or ticket.number >= self._asked
-            found = self._hits >= self._needed
+        if self._test and (ticket.number < self._test.stop or ticket.time < self._due):
+            self._hits += ticket.number in self._test
+            found = self._hits >= len(self._test) - 1
             self._proved = min(self.PROVED, self._proved + found)
             return found
-        if suspect:                             # the test has passed
+        if self._test:                      # its requests passed
             self.chance += 1 + self._hits
             self._proved //= 2
-        self._suspect, self._before = ticket, self._lost - 1
-        self._doubted, self._hits = now, 0
-        above = not self.window and self.rate and 1 / self._interval(now) >= self.rate
-        if self._proved > 1 and not self.window and (above or self.random() < 0.5):
+        self._suspect, self._before, self._hits = ticket, self._lost - 1, 0
+        above = self.rate is not None and 1 / self._interval(now) >= self.rate
+        share = (self.chance + 0.5) / (self._count + 10)
+        more = math.ceil(10 * (share - self.RARE))
+        self._test = range(self._count, self._count + 2 + more)
+        self._due = 2 * now - ticket.time
+        if self._proved > 1 and self.window is None and (above or self.random() < 0.5):
             return True
-        self._ask(ticket, now)
+        self._next = min(self._next, now)
         return False
 
-    def _ask(self, ticket: Ticket, now: float) -> None:
-        """The next requests leave at once: more where more leave during a refusal."""
-        share = (self.chance + 0.5) / (self._count + 10)
-        self._needed = 1 + math.ceil(10 * (share - self.DOUBT))
-        spread = (self._count - ticket.number - 1) // 2
-        self._asked, self._end = self._count, self._count + self._needed + 1 + spread
-        self._needed += spread // 2
-        self._next = min(self._next, now)
+    def _congested(self, ticket: Ticket, now: float, told: float) -> None:
+        others, self._test = self._suspect.others, range(0)
+        self.congestions += 1
+        self._pause(ticket, now, told)
+        self._measure(self._suspect)
+        capped = 0 < others == self._cap and self._passed <= 1
+        self._cap, self._passed, self.window = others, 0, None
+        if capped:
+            self._hold(others, now, self._double)
+
+    def _hold(self, window: int, now: float, double: float) -> None:
+        """One more than the window was refused: the next try waits twice as long."""
+        self.window, self.rate = window, None
+        self._test, self._double = range(0), min(self.GROWN[1], double)
+        self._probe, self._alone = self._count, 0.0
+        self.until = self._shut = now
+
+    def _pause(self, ticket: Ticket, now: float, told: float) -> None:
+        if ticket.number > self._probe or told:
+            self._shut = now
+        trip, interval = now - ticket.time, 1 / self.rate if self.rate else 0.5
+        pause = max(interval, trip, min(now - self._shut, self.max_delay / 4))
+        chance = self.random() * pause / 2  # so that clients do not come back as one
+        self.until = now + min(self.max_delay, (told or 0.75 * pause) + chance)
+        self._alone = min(2 * trip, self.until - now)   # a refusal is quick
+        self._probe = self._count
+
+    def _measure(self, empty: Ticket) -> None:
+        taken = empty.number - self._empty - 1 - self._before
+        seconds = max(0.01, empty.time - self._since)
+        if self.rate and (taken < self.EXACT[0] or seconds < self.EXACT[1]):
+            return                          # the stretch goes on
+        if self.congestions == 1:           # the bucket was full: half the ramp's rate
+            self._ramp = 0.5 * (self._ramp + 0.69 * taken)
+        elif taken >= 1:
+            self.rate = max(taken / seconds, self.FALL * (self.rate or 0.0))
+            self._double = min(self.GROWN[1], self.ROUGH * seconds)
+        self._lost -= self._before + 1
+        self._empty, self._since = empty.number, empty.time
 
     def _growth(self, now: float) -> float:
         """0 after a congestion, 1 when the limit may have doubled."""
-        sent, passed = self._count - self._first, max(0.0, now - self.until)
-        return float(min(sent / self.GROWN[0], passed / self._trust) ** 2)
+        sent, passed = self._count - self._probe, max(0.0, now - self.until)
+        return float(min(sent / self.GROWN[0], passed / self._double) ** 3)
 
     def _interval(self, now: float) -> float:
         if self.window is not None:
             return 0.0
-        if self.rate is None:                   # doubles each second
-            return 1 / (self._ramp + 0.69 * (self._count - self._first))
+        if self.rate is None:               # doubles each second: ln 2 = 0.69
+            return 1 / (self._ramp + 0.69 * (self._count - self._probe))
         grown: float = self.rate ** self.EVEN * self._growth(now)
         return 1 / (self.DIP * self.rate + grown)
-
-    def _congested(self, ticket: Ticket, now: float, told: float) -> None:
-        empty = self._suspect or ticket
-        self.congestions += 1
-        self._close(ticket, now, told)
-        self._measure(empty, empty.time + self.SPARE * told)
-        again = empty.others == self._knee and 4 * self._over < self._passed
-        self.window = empty.others if again else None
-        self._knee, self._passed, self._over = empty.others, 0, 0
-        self._suspect, self._end = None, 0
-        if self.window is not None:
-            self.rate, self.until, self._shut = None, now, now
-
-    def _hold(self, ticket: Ticket, now: float) -> None:
-        """One more than the window was refused: the next try waits twice as long."""
-        self.window, self._trust = ticket.others, min(self.GROWN[1], 2 * self._trust)
-        self._first, self._end, self._suspect = self._count, 0, None
-        self.until, self._shut, self._probe = now, now, 0.0
-
-    def _close(self, ticket: Ticket, now: float, told: float) -> None:
-        if ticket.number > self._first or told:
-            self._shut = now
-        shut, echo = now - self._shut, now - ticket.time
-        pause = min(shut, max(self.max_delay / 3, shut / 6))    # seen soon
-        pause = max(pause, echo, 1 / self.rate if self.rate else 0.5)
-        jitter = self.random() * pause / 2  # so that clients do not come back as one
-        self.until = now + min(self.max_delay, (told or 0.75 * pause) + jitter)
-        self._probe = min(2 * echo, self.until - now)  # a refusal is quick
-        self._first = self._count
-
-    def _measure(self, empty: Ticket, at: float) -> None:
-        taken, seconds = empty.number - self._empty - 1 - self._before, at - self._since
-        exact = taken >= self.EXACT[0] and seconds >= self.EXACT[1]
-        if self.rate and not exact:
-            return                              # the stretch goes on
-        self._lost -= self._before + 1
-        if self._full:  # go on from half the ramp, or from the mean
-            half = 0.5 * (self._ramp + 0.69 * taken)
-            self._full, self._ramp = False, min(half, max(1, taken) / max(0.1, seconds))
-        elif taken >= 1:
-            seconds = max(0.01, seconds)
-            self.rate = max(taken / seconds, self.FALL * (self.rate or 0.0))
-            self._trust = min(self.GROWN[1], max(0.5, self.ROUGH * seconds))
-        self._empty, self._since = empty.number, at
 
 
 # Metrics
@@ -1427,29 +1414,25 @@ MONEY = frozenset("""
     insufficient_balance insufficient_funds insufficient_quota insufficient_user_quota
     pre_consume_token_quota_failed quota_exceeded""".split())
 _NO_MODEL = frozenset({"model_not_found", "unsupported_model"})
-# What no repetition cures: CometAPI answers an unknown model with 503 and a malformed
-# request with 500. Compared with both the code and the type of an error. With 429 only
-# the two above count: some call a rate limit an invalid_request_error.
+# What no repetition cures, as an error's code or type: CometAPI answers an unknown
+# model with 503. On a 429 only those above are: some name it invalid_request_error.
 PERMANENT = MONEY | _NO_MODEL | frozenset("""
     access_denied access_terminated authentication_error content_filter
     content_policy_violation context_length_exceeded convert_request_failed
     count_token_failed gen_relay_info_failed invalid_api_key invalid_request
     invalid_request_error missing_required_parameter model_price_error permission_denied
     permission_error prompt_blocked sensitive_words_detected""".split())
-# CometAPI documents 429, 500, 503, 504 and 524 as passing, Groq 498; gateways answer
-# the others for the same reasons.
+# CometAPI documents 429, 500, 503, 504, 524 as passing, Groq 498; gateways the others.
 RETRYABLE = frozenset({408, 429, 498, 500, 502, 503, 504, 520, 521, 522, 523, 524, 529})
 _MINIMAX = {"1002": "429", "1004": "401", "1008": "402"}  # statuses as it codes them
 _NAMES = {"code": "code", "status_code": "code", "type": "type", "param": "param",
           "message": "message", "msg": "message", "status_msg": "message"}
 _MAX_DEPTH = 200        # json recurses in C: a hostile answer could overrun a stack
-_MAX_WISH = 31 * 86400  # seconds: whoever asks to wait longer means something else
 _TOO_LONG = "more than %d MiB" % (_MAX_ANSWER >> 20)
 _STREAM = re.compile("(data|event|id|retry)?:")  # how server-sent events begin
 _UNITS = {"ms": 0.001, "millisecond": 0.001, "s": 1, "sec": 1, "second": 1, "m": 60,
           "min": 60, "minute": 60, "h": 3600, "hr": 3600, "hour": 3600, "day": 86400}
-_NUMBER = r"([0-9]{1,15}(?:\.[0-9]{1,15})?)"
-_SPAN = r"%s\s*(%s)s?(?![a-z])" % (_NUMBER, "|".join(_UNITS))
+_SPAN = r"([0-9]{1,15}(?:\.[0-9]{1,15})?)\s*(%s)s?(?![a-z])" % "|".join(_UNITS)
 # "Please try again in 7m12s", "wait 1 minute and 6 seconds", "retryDelay": "37s"
 _IN_WORDS = re.compile(
     r"(?i)(?:try again|retry|\bwait\b|resets in|will reset)[^.0-9]{0,40}(?<!-)"
@@ -1457,7 +1440,7 @@ _IN_WORDS = re.compile(
 # "retry_after": 10, Retry-After: 12, "retryAfterMs": 350; but no date
 _IN_FIELDS = re.compile(
     r"(?i)(?:retry[-_ ]?after|ratelimit-reset)[-_ ]?(ms|seconds|)[\\\s'\":=]{1,5}"
-    + _NUMBER + r"(?!\.?[0-9]|[-:/\s]*\w)")
+    r"([0-9]{1,15}(?:\.[0-9]{1,15})?)(?!\.?[0-9]|[-:/\s]*\w)")
 
 
 class _Answer(NamedTuple):
@@ -1475,9 +1458,7 @@ class _Verdict(NamedTuple):
 
 def _understand(answer: _Answer, hide: Callable[[str], str], url: str,
                 streamed: bool = True) -> _Verdict:
-    """The Completion that an answer holds, or the Error that it stands for.
-
-    `hide` takes the key out of a text; `streamed` tells what was asked for."""
+    """The Completion that an answer holds, or the Error that it stands for."""
     text, missing = _text(answer)
     data = _value(text, streamed)
     if 200 <= answer.status < 300 and not _trouble(data):
@@ -1530,13 +1511,12 @@ def _failure(answer: _Answer, text: str, missing: str, data: Any,
             said = hide(what) + said
     elif answer.status < 400:
         said = "a redirect, which is not followed: check the base URL"
-    tries = {"true": math.inf, "false": 1}.get(
-        answer.headers.get("x-should-retry", ""), tries)
-    wish = _wish(answer.headers, str(trouble)[:_MAX_ERROR])
+    tries = {"true": math.inf, "false": 1}.get(answer.headers["x-should-retry"], tries)
     return _Verdict(kind(
         " ".join(("HTTP %d %s" % (answer.status, words.get("code", ""))).split()) + ": "
         + said, status_code=answer.status, body=_loosely(body), retryable=tries > 1,
-        retry_after=wish or None if tries > 1 or answer.status == 429 else None,
+        retry_after=(_wish(answer.headers, str(trouble)[:_MAX_ERROR]) or None
+                     if tries > 1 or answer.status == 429 else None),
         request_id=hide(_request_id(answer, words.get("message", ""))) or None,
         **words), tries, load if tries > 1 else None)
 
@@ -1553,8 +1533,7 @@ def _no_answer(answer: _Answer, text: str, missing: str, data: Any,
     if isinstance(data, str) and missing:
         return math.inf, "cut off (%s): " % missing
     if text[0] == "<" or "html" in answer.headers.get("content-type", "").lower():
-        return 1, ("a web page came from %s: check the base URL (is /v1 missing?): "
-                   % url)
+        return 1, "a web page from %s: check the base URL (is /v1 missing?): " % url
     return 1, ""
 
 
@@ -1572,14 +1551,12 @@ def _again(status: int, words: Dict[str, str]) -> Tuple[float, Optional[int]]:
     if ({code.lower(), kind.lower()} & lasting or _speaks_of_money(code, kind)
             or status == 429 and _is_too_large(words.get("message", ""))):
         return 1, None
-    if status in (0, 408):  # 408 says that one request was slow
-        return math.inf, None
-    return (math.inf, status) if status in RETRYABLE else (1, None)
+    load = None if status in (0, 408) else status  # 408: that one request was slow
+    return (math.inf, load) if status in RETRYABLE | {0} else (1, None)
 
 
 def _speaks_of_money(*names: str) -> bool:
-    return any(name.lower() in MONEY or name.lower().startswith("billing_")
-               for name in names)
+    return any(n.lower() in MONEY or n.lower()[:8] == "billing_" for n in names)
 
 
 def _is_too_large(message: str) -> bool:
@@ -1593,13 +1570,11 @@ def _is_too_large(message: str) -> bool:
 
 
 def _words(value: Any) -> Dict[str, str]:
-    """The code, type, param and message of a failure, wherever gateways put them: in
-    objects one within the other, even as JSON in a text. The innermost knows most."""
+    """The code, type, param and message of a failure: the innermost that there are."""
     found: Dict[str, str] = {}
     for depth in range(9):
-        if isinstance(value, list) and value:
-            value = value[0]
-        if isinstance(value, str) and depth:  # else it is the whole body
+        value = value[0] if isinstance(value, list) and value else value
+        if isinstance(value, str) and depth:  # gateways put JSON into a text, too
             found.setdefault("message", value)
             value = _loosely(value[value.find("{"):])
         if not isinstance(value, dict):
@@ -1635,7 +1610,7 @@ def _wish(headers: http.client.HTTPMessage, said: str) -> float:
         if seconds > 1e9:  # a time of Unix, in seconds or milliseconds
             seconds = seconds / (1000.0 if seconds > 1e12 else 1.0) - now
         waits.append(seconds)
-    return max(wait for wait in waits if wait <= _MAX_WISH)
+    return max(wait for wait in waits if wait <= 31 * 86400)  # more cannot be meant
 
 
 def _timestamp(date: str) -> float:
@@ -1671,11 +1646,9 @@ def _value(text: str, streamed: bool) -> Any:
     with contextlib.suppress(TypeError, AttributeError):  # where it is none of chunks
         data["choices"] = sorted(data.get("choices") or (), key=lambda choice: str(
             choice.get("index")).zfill(9))
-        for choice in data["choices"]:
-            delta = dict({"content": None}, **choice.pop("delta", {}))
-            choice.setdefault("message", delta)
-        # A stream that breaks off may say [DONE] all the same: only a finish_reason
-        # proves its end. One that nobody asked for would come again without it, too.
+        for it in data["choices"]:
+            it.setdefault("message", dict({"content": None}, **it.pop("delta", 0) or {}))
+        # [DONE] proves no end, but what nobody asked for would come again the same
         if not streamed and text.endswith("[DONE]") or all(
                 choice.get("finish_reason") for choice in data["choices"]):
             return dict(data, object="chat.completion")
@@ -1707,25 +1680,19 @@ def _joined(parts: List[Any], name: str = "", pieces: bool = False) -> Any:
         return {field: _joined(values, field, pieces or field in ("delta", "logprobs"))
                 for field, values in fields.items() if field != "index" or not pieces}
     if kind is list and (pieces or name == "choices"):
-        return [_joined(group, "", pieces) for group in _groups(parts)]
+        groups, ids = {}, {}  # type: Dict[Any, List[Any]], Dict[str, str]
+        for number, item in enumerate(itertools.chain.from_iterable(parts)):
+            group: Any = number
+            if isinstance(item, dict) and {"index", "delta", "function"} & set(item):
+                index = str(item.get("index", 0))  # one thing, until another id comes
+                ids[index] = str(item.get("id") or ids.get(index))
+                group = index, ids[index]
+            groups.setdefault(group, []).append(item)
+        return [_joined(group, "", pieces) for group in groups.values()]
     if kind is str and pieces:  # some send a call's name and id again with each part
         once = name in ("role", "id", "type", "name", "format")
         return "".join(dict.fromkeys(parts) if once else parts)
     return next(filter(None, reversed(parts)), parts[-1] if parts else None)
-
-
-def _groups(lists: List[List[Any]]) -> Iterable[List[Any]]:
-    """Which items are parts of one: those of the same index, until another id comes."""
-    groups: Dict[Any, List[Any]] = {}
-    ids: Dict[str, str] = {}
-    for number, item in enumerate(itertools.chain.from_iterable(lists)):
-        group: Any = number
-        if isinstance(item, dict) and {"index", "delta", "function"} & set(item):
-            index = str(item.get("index", 0))
-            ids[index] = str(item.get("id") or ids.get(index))
-            group = index, ids[index]
-        groups.setdefault(group, []).append(item)
-    return groups.values()
 
 
 def _parse(text: str, depth: int = _MAX_DEPTH) -> Any:
@@ -2076,7 +2043,11 @@ def _parser() -> Any:
         "cometlimit", "cometlimit -m MODEL [PROMPT ... | -i FILE] [-o FILE] [--help]",
         (__doc__ or "").split("\n")[0], _EPILOG, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
+    _add_options(parser.add_argument)
+    return parser
+
+
+def _add_options(add: Callable[..., Any]) -> None:
     many: Dict[str, Any] = {"action": "append", "default": [], "type": _utf8}
     add("prompts", nargs="*", type=_utf8, metavar="PROMPT", help="or -: lines on stdin")
     add("-m", "--model", type=_utf8, help="for rows that name none")
@@ -2101,7 +2072,6 @@ def _parser() -> Any:
     add("-q", "--quiet", action="store_true", help="no progress, no summary")
     add("--demo", action="store_true", help="see it find the limit of its own server")
     add("--version", action="version", version="%(prog)s " + __version__)
-    return parser
 
 
 def _utf8(word: str) -> str:
@@ -2149,18 +2119,17 @@ _is_csv = re.compile(br'(?=.*")("(""|[^"])*"|[^",]+)(,("(""|[^"])*"|[^",]*))*$')
 class _Input:
     """The lines with rows: of a file, which can be read again, a pipe, or prompts.
 
-    A file is read no further than it was long at the start: rows that are appended
-    meanwhile are left to the next run.
+    Of a file, the rows that were there at the start are asked: those that are appended
+    later are left to the next run.
     """
 
     def __init__(self, fd: int, prompts: List[str]) -> None:
         self.fd, self.start, self.is_json = fd, 0, False
         text = "\n".join(json.dumps({"prompt": prompt}) for prompt in prompts).encode()
-        self.end = len(text)
         self.read: Callable[[int, int], bytes] = lambda size, at: text[at:at + size]
         self.is_pipe = not prompts and not os.path.isfile(fd)
         if not (prompts or self.is_pipe):
-            self.start, self.end = os.lseek(fd, 0, os.SEEK_CUR), os.fstat(fd).st_size
+            self.start = os.lseek(fd, 0, os.SEEK_CUR)
             self.read = functools.partial(os.pread, fd)
         self.index = array.array("q")  # number, start and size of each row's line
         self.lines: Dict[int, Tuple[int, bytes]] = {}  # of a pipe: not asked yet
@@ -2207,8 +2176,7 @@ class _Input:
             if self.is_pipe and not select.select([self.fd], [], [], 0)[0]:
                 yield None
                 continue
-            data = os.read(self.fd, 1 << 16) if self.is_pipe else self.read(
-                min(1 << 16, self.end - at), at)
+            data = os.read(self.fd, 1 << 16) if self.is_pipe else self.read(1 << 16, at)
             at, lines = at + len(data), data.split(b"\n")
             parts.append(lines[0])
             if not data or len(lines) > 1:
@@ -2430,7 +2398,7 @@ class _Checkpoint:
             # Rows of other programs have no mark; version 1.0 made marks that fit none.
             mark = int(found.group(1) or "1", 16) if found else 0
             self.found[name] = place << 64 | mark
-            self.tokens += _tokens((body or {}).get("usage"))
+            self.tokens += _tokens(body.get("usage"))
         elif self.found.get(name, 0) <= 0:
             code = error.get("code") if isinstance(error, dict) else None
             self.found[name] = -(place << 64 | (
@@ -2833,16 +2801,18 @@ class _Job:
     def _finish(self, call: Future) -> None:
         n, row = self.calls.pop(call)
         outcome: Any = call.exception() or call.result()
+        model, doubt = self.models[n], self.doubt
         if isinstance(outcome, Completion):
-            if self.doubt.dismiss(self.models[n]):
-                self.cursors = [0, 0, 0]  # the rows that were passed over are asked now
+            is_changed = doubt.dismiss(model)
         else:
             if re.search(r"; come back at \d\d:\d\d$", str(outcome)):
                 self._stop(str(outcome))
-            self.doubt.count(n, self.models[n], outcome, self.screen.is_reached)
-            if len(self.doubt.gone) >= 3 and not self.screen.answers:
-                self._stop(self.doubt.gone[self.models[n]])
-        self.doubt.samples.discard(n)
+            is_changed = doubt.count(n, model, outcome, self.screen.is_reached)
+            if is_changed and len(doubt.gone) >= 3 and not self.screen.answers:
+                self._stop(doubt.gone[model])
+        if is_changed:
+            self.cursors = [0, 0, 0]  # rows that were passed over are looked at again
+        doubt.samples.discard(n)
         if self.reason and isinstance(outcome, Error) and (
                 outcome.retryable or outcome.code == "cancelled"):
             return  # left to the next run
@@ -2927,18 +2897,21 @@ class _Doubt:
         self.gone: Dict[str, str] = {}  # models that were given up, and why
         self.spot = 0
 
-    def count(self, n: int, model: str, error: Error, is_reached: bool) -> None:
+    def count(self, n: int, model: str, error: Error, is_reached: bool) -> bool:
+        """A failure came. Returns whether the model is given up by it."""
         if not (error.retryable or error.status_code in _SHARED
                 or isinstance(error, (APIConnectionError, APIResponseError))):
-            return
+            return False
         is_sample = n in self.samples
         key = model, _code(error), is_sample
         self.alike[key] += 1
         if not is_sample and self.alike[key] >= _ALIKE:
             self.models.add(model)
-        elif is_sample and self.alike[key] >= (
+        if not is_sample or self.alike[key] < (
                 _PATIENCE if error.retryable and is_reached else _ALIKE):
-            self.gone[model] = "rows of %s fail alike: %s" % (model, error)
+            return False
+        self.gone[model] = "rows of %s fail alike: %s" % (model, error)
+        return True
 
     def dismiss(self, model: str) -> bool:
         """An answer came. Returns whether the model was in doubt."""
@@ -2946,6 +2919,7 @@ class _Doubt:
             del self.alike[key]
         was_in_doubt = model in self.models
         self.models.discard(model)
+        self.gone.pop(model, None)
         return was_in_doubt
 
     def width(self, most: int) -> int:
