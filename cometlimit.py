@@ -192,8 +192,8 @@ Outcome = Union[Completion, Error]
 class Client:
     """An endpoint and the manner of calling it: a context manager, safe among threads.
 
-    api_key          else COMETAPI_KEY; not needed over http, nor with an Authorization or
-                     api-key in headers=
+    api_key          else COMETAPI_KEY; not needed over http, nor with an Authorization
+                     or api-key in headers=
     base_url         else COMETAPI_BASE_URL, else CometAPI's; http only to this machine
     model            for prompts that name none
     max_concurrency  requests in flight at once, retries included
@@ -409,8 +409,8 @@ class _Model:
         self.executor = ThreadPoolExecutor(2 * client.max_concurrency, "cometlimit")
         self.has_threads = False
         self.throttle = Throttle(client.max_delay, _random)
-        self.new: Deque[_Call] = collections.deque()      # for the threads that get free
-        self.waiting: Deque[_Call] = collections.deque()  # with a thread, for their turn
+        self.new: Deque[_Call] = collections.deque()      # without a thread yet
+        self.waiting: Deque[_Call] = collections.deque()  # for their turn
         self.sent = self.answered = 0       # requests; the latest with an answer
         self.answered_at = -math.inf        # when that came
         self.stream: Optional[bool] = None  # True: it needs streams; False: it has none
@@ -996,7 +996,7 @@ class Stats:
         self.latencies: Dict[int, int] = collections.Counter()
 
     def latency(self, share: float) -> float:
-        """What this share of the answers' latencies did not exceed (1.0: all), +-2.5 %."""
+        """What this share of the latencies did not exceed (1.0: all), +-2.5 %."""
         left = share * self.answers - 1e-9
         for step in sorted(self.latencies):
             left -= self.latencies[step]
@@ -1363,9 +1363,9 @@ def _translate(fault: BaseException, request: _Request,
         if not stands:
             return _passing("no connection to %s in time" % place, 504, math.inf,
                             APITimeoutError, "connect_timeout")
-        return _passing("no answer from %s within %.3g s: raise timeout= (or deadline=) if"
-                        " the model needs longer" % (place, request.timeout or 0.0), 504,
-                        2, APITimeoutError, "timeout")
+        return _passing("no answer from %s within %.3g s: raise timeout= (or deadline=)"
+                        " if the model needs longer" % (place, request.timeout or 0),
+                        504, 2, APITimeoutError, "timeout")
     if isinstance(fault, _Refused):
         words = "%s refuses: %d %s" % ((place,) + fault.args)
         if fault.args[0] == 407:
@@ -1647,7 +1647,8 @@ def _value(text: str, streamed: bool) -> Any:
         data["choices"] = sorted(data.get("choices") or (), key=lambda choice: str(
             choice.get("index")).zfill(9))
         for it in data["choices"]:
-            it.setdefault("message", dict({"content": None}, **it.pop("delta", 0) or {}))
+            delta = it.pop("delta", None) or {}
+            it.setdefault("message", dict({"content": None}, **delta))
         # [DONE] proves no end, but what nobody asked for would come again the same
         if not streamed and text.endswith("[DONE]") or all(
                 choice.get("finish_reason") for choice in data["choices"]):
@@ -1768,7 +1769,7 @@ class _Endpoint:
         self._go_through(*_proxy(parts, allow_http))
 
     def _go_through(self, proxy: Optional[Tuple[str, int]], login: str) -> None:
-        """A proxy, if there is one: by a CONNECT for https; for http it gets the URL."""
+        """A proxy, if there is one: a CONNECT for https; for http it gets the URL."""
         parts = urllib.parse.urlsplit(self.url)
         self.proxy, self.connect, self.hint = proxy, b"", ""
         self.target = self.url  # that is asked for in the first line of each request
@@ -1818,7 +1819,8 @@ def _payload(prompt: Prompt, params: Dict[str, Any]) -> Tuple[str, bytes]:
             and all(isinstance(message, dict) for message in messages)):
         raise ConfigurationError(
             "a prompt is a string, a list of messages (dicts), or a dict with such "
-            "messages, not %s" % type(prompt).__name__)
+            "messages, not %s" % type(
+                messages if prompt is fields else prompt).__name__)
     if not isinstance(model, str) or not model:
         raise ConfigurationError('no model is named: Client(model="your-model-id")')
     if body.get("stream", True) in (False, None):
@@ -1842,7 +1844,8 @@ def _headers(headers: Dict[str, str]) -> Dict[str, str]:
                 and isinstance(value, str) and re.match(r"[ -~]*[!-~][ -~]*\Z", value)):
             raise ConfigurationError(
                 "headers= has a name or a value that no header can have: %r" % (name,))
-        if name.title() in ("Host", "Connection", "Content-Length", "Transfer-Encoding"):
+        if name.title() in (
+                "Host", "Connection", "Content-Length", "Transfer-Encoding"):
             raise ConfigurationError("the header %s cannot be set" % name)
     return {name.title(): value.strip() for name, value in headers.items()}
 
@@ -2997,17 +3000,19 @@ if __name__ == "__main__":
 #
 # Copyright (c) 2026 the cometlimit authors
 #
-# Permission is hereby granted, free of charge, to any person obtaining a copy of this software and
-# associated documentation files (the "Software"), to deal in the Software without restriction,
-# including without limitation the rights to use, copy, modify, merge, publish, distribute,
-# sublicense, and/or sell copies of the Software, and to permit persons to whom the Software is
-# furnished to do so, subject to the following conditions:
+# Permission is hereby granted, free of charge, to any person obtaining a copy of this
+# software and associated documentation files (the "Software"), to deal in the Software
+# without restriction, including without limitation the rights to use, copy, modify,
+# merge, publish, distribute, sublicense, and/or sell copies of the Software, and to
+# permit persons to whom the Software is furnished to do so, subject to the following
+# conditions:
 #
-# The above copyright notice and this permission notice shall be included in all copies or
-# substantial portions of the Software.
+# The above copyright notice and this permission notice shall be included in all copies
+# or substantial portions of the Software.
 #
-# THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING BUT
-# NOT LIMITED TO THE WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND
-# NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS OR COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM,
-# DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM, OUT
-# OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
+# THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED,
+# INCLUDING BUT NOT LIMITED TO THE WARRANTIES OF MERCHANTABILITY, FITNESS FOR A
+# PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS OR COPYRIGHT
+# HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF
+# CONTRACT, TORT OR OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE
+# OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
