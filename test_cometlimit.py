@@ -2252,12 +2252,12 @@ class Prompts(CommandLine):
             if request.prompt == "0":
                 return status(503)
             server.await_requests(3)
-            time.sleep(0.5)
+            time.sleep(0.4)
             return reply_echo(request)
         with self.serve(forever=late) as server:
             process = self.start("-c", "3", "--max-retries", "4", "0", "1", "2")
             server.await_requests(3)
-            time.sleep(0.2)
+            time.sleep(0.1)
             process.send_signal(signal.SIGTERM)
             out = self.finish(process, 143)
         self.assertEqual(json.loads(out.decode()), [None, "1", "2"])
@@ -2435,7 +2435,8 @@ class OutputRows(CommandLine):
 
         def late(request):
             if request.prompt == "p0":
-                time.sleep(0.8)
+                self.until(lambda: len(server.requests) > 20)
+                time.sleep(0.2)  # room for more
                 asked.append(len(server.requests))
             return reply_echo(request)
         with self.serve(forever=late) as server:
@@ -2728,12 +2729,15 @@ class ASignal(CommandLine):
             process.send_signal(signal.SIGINT)
             process.wait(TIMEOUT)  # stdin is closed later
             self.finish(process, 130)
-        for name, process in cases:
-            with open(name, "wb"):  # which waits for its reader
-                time.sleep(0.1)
+        with contextlib.ExitStack() as stack:
+            for name, _ in cases:
+                stack.enter_context(open(name, "wb"))  # which waits for its reader
+            time.sleep(0.1)
+            for name, process in cases:
                 process.send_signal(signal.SIGTERM if name == "fifo2" else signal.SIGINT)
+            for name, process in cases:
                 process.wait(5)
-            self.finish(process, 143 if name == "fifo2" else 130)
+                self.finish(process, 143 if name == "fifo2" else 130)
 
     def test_is_ignored_where_it_was(self):
         """As under nohup, or behind an & of a shell: it ends nothing."""
