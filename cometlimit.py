@@ -817,17 +817,16 @@ class Ticket(NamedTuple):
 class Throttle:
     """Learns from what comes back when the next request may leave: it is pure.
 
-    Until the first refusal the rate doubles each second. A refusal is a suspicion, and
-    a few requests leave at once to test it: an empty limiter lets at most one of them
-    pass, chance most. Chance changes nothing. A limit that was found
-    1. makes a pause, of Retry-After or one interval. While nothing gets through, one
-       request probes, after pauses that grow.
-    2. measures the rate: the limiter was empty then and when the last limit was found.
-       Requests leave a little below that rate, and faster until the next limit.
-    3. is a cap on concurrency when it is met again at the same number in flight: then a
-       window holds instead of a rate, and Retry-After stops nobody.
-    Where tests find limits, half of the refusals are believed without one, and all of
-    those above the rate: a test costs refusals.
+    Before the first refusal the rate doubles each second. A refusal is a suspicion: a
+    few requests leave at once to test it. An empty limiter refuses at least half of
+    them, chance hardly ever, and chance changes nothing. A limit that was found
+    - makes a pause; while nothing gets through, one probe at a time, and longer pauses;
+    - measures the rate: the limiter was empty now and when the last limit was found, so
+      it is requests taken / time. They leave a little slower, then ever faster;
+    - is a cap if it is met twice at one number in flight, and hardly passed there: then
+      a window holds instead of a rate, and Retry-After stops nobody.
+    Tests cost refusals: where they find limits, all suspicions above the measured rate
+    are believed without one, and half of the others.
     """
     START = 20.0        # requests/s at first: one leaves while a refusal comes back
     DIP = 0.97          # of the measured rate, to begin with: a bucket fills a little
@@ -837,7 +836,7 @@ class Throttle:
     FALL = 0.65         # of the rate is kept by one measurement: it may be an outage
     SPARE = 0.7         # of what a limiter gains in a pause is used at once
     EXACT = 3, 2.0      # requests and seconds that make a measurement
-    RARE = 0.01         # chance so rare needs no third request in a test
+    RARE = 0.01         # share of chance up to which two requests make a test
     PROVED = 4          # tests remembered: servers change their ways
 
     def __init__(self, max_delay: float = 30.0,
@@ -848,21 +847,21 @@ class Throttle:
         self.congestions = self.chance = 0      # limits found; refusals by chance
         self.until = self._next = 0.0       # nothing leaves before: pause, rate
         self._count = self._flying = 0      # requests so far; in flight
-        self._probe, self._alone = 0, 0.0   # first after the pause; goes alone so long
+        self._probe, self._alone = 0, 0.0   # first after the pause; seconds it is alone
         self._shut = 0.0                    # nothing has got through since
-        self._ramp, self._double = self.START, 1.0  # the rate at first; growth's time
+        self._ramp, self._double = self.START, 1.0  # first rate; growth takes so long
         self._empty, self._since = 0, 0.0   # the stretch's start: ticket, time
         self._lost = self._before = 0       # refused in it; before the suspicion
         self._suspect = Ticket(-1, 0.0, 0)  # the refusal under test
-        self._test, self._due = range(0), 0.0   # its requests; when their news is in
-        self._hits = self._proved = 0       # refused of them; tests that found limits
-        self._cap = self._passed = 0        # in flight at the last limit; passed there
+        self._test, self._due = range(0), 0.0   # its requests; news of them is in then
+        self._hits = self._proved = 0       # refused meanwhile; tests that found limits
+        self._cap = self._passed = 0        # in flight at the last limit; answered then
 
     def wait(self, now: float) -> float:
         """0.0: leave now; seconds to wait; math.inf: until one in flight has ended."""
-        if self.window is not None:
-            if self._flying >= int(self.window * (1 + self._growth(now))):
-                return math.inf
+        most = (self.window or math.inf) * (1 + self._growth(now))
+        if self._flying > most - 1:
+            return math.inf
         return min(self.max_delay, max(0.0, self.until - now, self._next - now))
 
     def sent(self, now: float) -> Ticket:
@@ -885,38 +884,38 @@ class Throttle:
 
     def refused(self, ticket: Ticket, now: float, status: Optional[int],
                 retry_after: Optional[float] = None) -> None:
-        """It was turned away; not the status decides what it means but the pattern."""
+        """It was turned away: the pattern decides what that means, not the status."""
         self._flying -= 1
         self._lost += ticket.number > self._empty
         told = min(self.max_delay, retry_after or 0.0)
-        if ticket.number < self._probe:
-            pass  # left before the pause: the same congestion
-        elif self.congestions and ticket.number == self._probe:
+        if ticket.number == self._probe and self.congestions:
             self._pause(ticket, now, told)
+        elif ticket.number < self._probe:
+            pass                            # the same congestion
         elif self.window is not None and ticket.others >= self.window:
-            self._hold(ticket.others, now, 2 * self._double)
+            self._hold(ticket.others, now, 2 * self._double)    # try one more later
         elif self._is_limit(ticket, now):
             self._congested(ticket, now, told if self._proved > 1 else 0.0)
 
     def _is_limit(self, ticket: Ticket, now: float) -> bool:
         if self._test and (ticket.number < self._test.stop or ticket.time < self._due):
-            self._hits += ticket.number in self._test
-            found = self._hits >= len(self._test) - 1
+            self._hits += 1
+            found = 2 * self._hits >= len(self._test)
             self._proved = min(self.PROVED, self._proved + found)
             return found
-        if self._test:                      # its requests passed
-            self.chance += 1 + self._hits
-            self._proved //= 2
-        self._suspect, self._before, self._hits = ticket, self._lost - 1, 0
+        if self._test:      # it has found nothing
+            self.chance, self._proved = self.chance + 1 + self._hits, self._proved // 2
         above = self.rate is not None and 1 / self._interval(now) >= self.rate
+        self._suspects(ticket, now)
+        return self._proved > 1 and not self.window and (above or self.random() < 0.5)
+
+    def _suspects(self, ticket: Ticket, now: float) -> None:
+        self._suspect, self._before, self._hits = ticket, self._lost - 1, 0
         share = (self.chance + 0.5) / (self._count + 10)
-        more = math.ceil(10 * (share - self.RARE))
-        self._test = range(self._count, self._count + 2 + more)
-        self._due = 2 * now - ticket.time
-        if self._proved > 1 and self.window is None and (above or self.random() < 0.5):
-            return True
-        self._next = min(self._next, now)
-        return False
+        size = 2 + math.ceil(10 * (share - self.RARE))      # more where chance is more,
+        size += (self._count - ticket.number - 1) // 2      # or more were in flight
+        self._test = range(self._count, self._count + size)
+        self._next, self._due = min(self._next, now), 2 * now - ticket.time
 
     def _congested(self, ticket: Ticket, now: float, told: float) -> None:
         others, self._test = self._suspect.others, range(0)
@@ -929,21 +928,18 @@ class Throttle:
             self._hold(others, now, self._double)
 
     def _hold(self, window: int, now: float, double: float) -> None:
-        """One more than the window was refused: the next try waits twice as long."""
-        self.window, self.rate = window, None
-        self._test, self._double = range(0), min(self.GROWN[1], double)
-        self._probe, self._alone = self._count, 0.0
-        self.until = self._shut = now
+        self.window, self.rate, self._test = window, None, range(0)
+        self._double = min(self.GROWN[1], double)
+        self._probe, self._alone, self.until, self._shut = self._count, 0.0, now, now
 
     def _pause(self, ticket: Ticket, now: float, told: float) -> None:
-        if ticket.number > self._probe or told:
+        if ticket.number > self._probe:
             self._shut = now
-        trip, interval = now - ticket.time, 1 / self.rate if self.rate else 0.5
-        pause = max(interval, trip, min(now - self._shut, self.max_delay / 4))
+        trip, shut = now - ticket.time, min(now - self._shut, self.max_delay / 4)
+        pause = max(trip, shut, 1 / self.rate if self.rate else 0.5)
         chance = self.random() * pause / 2  # so that clients do not come back as one
         self.until = now + min(self.max_delay, (told or 0.75 * pause) + chance)
-        self._alone = min(2 * trip, self.until - now)   # a refusal is quick
-        self._probe = self._count
+        self._probe, self._alone = self._count, min(2 * trip, self.until - now)
 
     def _measure(self, empty: Ticket) -> None:
         taken = empty.number - self._empty - 1 - self._before
@@ -958,10 +954,9 @@ class Throttle:
         self._lost -= self._before + 1
         self._empty, self._since = empty.number, empty.time
 
-    def _growth(self, now: float) -> float:
-        """0 after a congestion, 1 when the limit may have doubled."""
+    def _growth(self, now: float) -> float:     # 1: the limit may have doubled
         sent, passed = self._count - self._probe, max(0.0, now - self.until)
-        return float(min(sent / self.GROWN[0], passed / self._double) ** 3)
+        return float(min(sent / self.GROWN[0], passed / self._double) ** 2)
 
     def _interval(self, now: float) -> float:
         if self.window is not None:

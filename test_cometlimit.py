@@ -1599,6 +1599,16 @@ class ALimit(Case):
                     client.submit(prompt)
         self.assertEqual("".join(request.prompt for request in server.requests), "abacd")
 
+        waiting = threading.Event()
+        with Server(lambda request: waiting.wait(TIMEOUT) and reply("a"),
+                    forever=reply_echo) as server:
+            with self.client(server) as client:
+                for prompt, model in (("a", "x"), ("b", "y"), ("c", "x")):
+                    client.submit(prompt, model=model)
+                    time.sleep(0.2)  # for its thread to wait
+                waiting.set()
+        self.assertEqual("".join(request.prompt for request in server.requests), "abc")
+
     def test_is_not_learnt_from_a_prompt_that_is_refused_each_time(self):
         """Refused again, though later requests were answered, it says nothing about load."""
         self.real_time()
@@ -3274,251 +3284,174 @@ class TheReadme(CommandLine):
 class Bucket:
     """A limiter: so many requests a second, so many at once."""
 
-    def __init__(self, rate, burst=1.0):
+    def __init__(self, rate, burst):
         self.rate, self.burst, self.level, self.at = rate, burst, burst, 0.0
 
     def take(self, now):
         self.level = min(self.burst, self.level + (now - self.at) * self.rate)
-        self.at = now
-        taken = self.level >= 1.0 - 1e-9
+        self.at, taken = now, self.level >= 1.0 - 1e-9
         self.level -= taken
         return taken
 
-    def end(self):
-        pass
 
-
-class Slots(Bucket):
-    """A cap on requests in service."""
-
-    def __init__(self, slots):
-        self.free = slots
-
-    def take(self, now):
-        self.free -= 1
-        if self.free < 0:
-            self.free += 1
-            return False
-        return True
-
-    def end(self):
-        self.free += 1
-
-
-def simulate(limiter, until, throttles=1, service=1.0, status=429, retry_after=None, travel=0.02):
+def simulate(limiter, until, clients=1, width=50, status=429, retry_after=None, chance=0.0):
     """Clients with endless work, each with a throttle of its own, share a limiter for a while.
 
-    Returns the throttles, and for each the times at which its requests were taken and refused.
+    A limiter without a rate is a cap on concurrency: only ends fill it. Returns the throttles,
+    and the times at which requests of each were taken and refused.
     """
-    chance = random.Random(7)
-    clients = [cometlimit.Throttle(random=chance.random) for _ in range(throttles)]
-    taken, refused = [[] for _ in clients], [[] for _ in clients]
-    events = [(0.001 * n, n, "look", n, None) for n in range(throttles)]
-    order, looks = itertools.count(throttles), [0.0] * throttles
-    while events and events[0][0] < until:
-        now, _, what, n, ticket = heapq.heappop(events)
-        throttle = clients[n]
-        if what == "land":
-            if limiter.take(now):
-                taken[n].append(now)
-                done = now + service * chance.uniform(0.3, 1.7)
-                heapq.heappush(events, (done, next(order), "answered", n, ticket))
-            else:
-                refused[n].append(now)
-                heapq.heappush(events, (now + travel, next(order), "refused", n, ticket))
+    dice, order = random.Random(7), itertools.count()
+    throttles = [cometlimit.Throttle(random=dice.random) for _ in range(clients)]
+    taken, refused, flying = [[[] for _ in throttles] for _ in range(3)]
+    looks = [-1.0] * clients
+    events = [(0.001 * n, next(order), None, n, None) for n in range(clients)]
+    while events[0][0] < until:
+        now, _, tell, n, ticket = heapq.heappop(events)
+        throttle = throttles[n]
+        if tell == "land":
+            passes = dice.random() >= chance and limiter.take(now)
+            (taken if passes else refused)[n].append(now)
+            tell, after = ("answered", dice.uniform(0.3, 1.7)) if passes else ("refused", 0.02)
+            heapq.heappush(events, (now + after, next(order), tell, n, ticket))
             continue
-        if what == "answered":
-            limiter.end()
+        if tell == "answered":
+            limiter.level += not limiter.rate
             throttle.answered(ticket, now)
-        elif what == "refused":
+        elif tell == "refused":
             throttle.refused(ticket, now, status, retry_after)
-        while throttle.wait(now) <= 1e-9:
-            heapq.heappush(events, (now + travel, next(order), "land", n, throttle.sent(now)))
+        if tell:
+            flying[n].remove(ticket)
+        while len(flying[n]) < width and throttle.wait(now) <= 1e-9:
+            flying[n].append(throttle.sent(now))
+            heapq.heappush(events, (now + 0.02, next(order), "land", n, flying[n][-1]))
         due = now + throttle.wait(now)
-        if looks[n] <= now or due < looks[n]:
+        if len(flying[n]) < width and (looks[n] <= now or due < looks[n]):
             looks[n] = due
-            heapq.heappush(events, (due, next(order), "look", n, None))
-    return clients, taken, refused
+            heapq.heappush(events, (due, next(order), None, n, None))
+    return throttles, taken, refused
 
 
 class TheThrottle(unittest.TestCase):
     """The arithmetic, in virtual time: nothing sleeps."""
 
-    def throttle(self, chance=0.5):
-        return cometlimit.Throttle(random=lambda: chance)
-
-    def congest(self, throttle, now, retry_after=None, status=429):
-        ticket = throttle.sent(now)
-        throttle.refused(ticket, now, status, retry_after)
-        return ticket
-
-    def test_lets_a_first_burst_leave_and_then_ever_more(self):
-        """Before any refusal nothing is known: requests leave faster and faster."""
-        throttle, now, gaps = self.throttle(), 0.0, []
-        for _ in range(60):
-            throttle.answered(throttle.sent(now), now)
-            gaps.append(throttle.wait(now))
-            now += gaps[-1]
-        self.assertLess(gaps[0], 0.1)
-        self.assertTrue(all(a > b for a, b in zip(gaps, gaps[1:])))
-        self.assertIsNone(throttle.pace)
-
-    def test_finds_the_rate_exactly(self):
-        """Taken / time between two refusals is the rate, be it one in 20 s or 20 a second."""
-        for rate, burst, delta in ((0.05, 1, 0.3), (0.5, 3, 0.12), (5, 5, 0.1), (20, 20, 0.1)):
-            with self.subTest(rate=rate):
-                (throttle,), _, _ = simulate(Bucket(rate, burst), max(25.0, 200 / rate))
-                self.assertAlmostEqual(throttle.pace / rate, 1.0, delta=delta)
-
-    def test_stays_near_the_limit_and_is_hardly_refused(self):
-        """Of a bucket's grants nearly all are used, and few requests are refused."""
-        for rate, refusals in ((0.5, 0.12), (5, 0.03), (20, 0.03)):
-            with self.subTest(rate=rate):
-                until = max(40.0, 300 / rate)
-                _, (taken,), (refused,) = simulate(Bucket(rate, 5), until)
-                self.assertGreater(len(taken), 0.78 * rate * until)
-                self.assertLess(len(refused), refusals * len(taken))
-
-    def test_obeys_retry_after_and_adds_chance(self):
-        """Nothing leaves before the server's time, and not all at it; max_delay bounds it."""
-        for asked, low, high in ((7.0, 7.0, 8.0), (0.5, 0.5, 1.0), (90.0, 30.0, 30.0)):
-            for chance in (0.0, 1.0):
-                with self.subTest(asked=asked, chance=chance):
-                    throttle = self.throttle(chance)
-                    self.congest(throttle, 10.0, asked)
-                    self.assertTrue(low <= throttle.wait(10.0) <= high, throttle.wait(10.0))
-
-    def test_waits_ever_longer_while_nothing_is_taken(self):
-        """Each refusal without a request taken since the last lengthens the pause, to a bound."""
-        throttle, now, pauses = self.throttle(), 0.0, []
-        first = throttle.sent(now)
-        throttle.refused(first, now + 0.1, 429, None)
-        now = 0.1
-        for _ in range(12):
-            pauses.append(round(throttle.wait(now), 6))
-            now += pauses[-1]
-            ticket = throttle.sent(now)
-            now += 0.1
-            throttle.refused(ticket, now, 429, None)
-        self.assertEqual(pauses, sorted(pauses))
-        self.assertLess(2 * pauses[0], pauses[1])
-        self.assertLessEqual(max(pauses), 30.0)
-        self.assertGreater(pauses[-1], 5.0)
-
-    def test_sends_one_probe_after_a_pause(self):
-        """The first request after a pause goes alone until it could have been refused."""
-        throttle = self.throttle()
-        tickets = [throttle.sent(0.0) for _ in range(5)]
-        throttle.refused(tickets[0], 0.2, 429, None)
-        now = 0.2 + throttle.wait(0.2)
-        throttle.sent(now)
-        self.assertGreaterEqual(throttle.wait(now), 0.2)
-
-    def test_ignores_stragglers(self):
-        """Refusals of requests that left before the last congestion belong to it."""
-        throttle = self.throttle()
-        tickets = [throttle.sent(0.0) for _ in range(5)]
-        throttle.refused(tickets[0], 0.1, 429, None)
-        until, pace = throttle.until, throttle.pace
-        for ticket in tickets[1:4]:
-            throttle.refused(ticket, 0.11, 429, None)
-        self.assertEqual((throttle.congestions, throttle.until, throttle.pace), (1, until, pace))
-        throttle.refused(tickets[4], 0.12, 429, 9.0)  # all but a later Retry-After
-        self.assertEqual((throttle.congestions, throttle.until), (1, 9.12))
-
-    def test_finds_the_window_of_a_cap_on_concurrency(self):
-        """Refused at the same number in flight again and again: a window, not a pace."""
-        for slots in (1, 2, 8):
-            with self.subTest(slots=slots):
-                (throttle,), (taken,), (refused,) = simulate(Slots(slots), 100.0)
-                self.assertGreater(len(taken), 0.75 * slots * 100 / 1.04)
-                self.assertLess(len(refused), 0.12 * len(taken))
-
-    def test_lets_shares_equal_out(self):
-        """Clients that share a limit come to even shares, whoever came first."""
-        _, taken, _ = simulate(Bucket(4, 4), 1000.0, throttles=4)
-        shares = [sum(at > 250.0 for at in times) for times in taken]
-        self.assertGreater(sum(shares) ** 2 / (4 * sum(n * n for n in shares)), 0.85)  # Jain's
-        self.assertGreater(sum(map(len, taken)), 0.9 * 4 * 1000)
-
-    def test_takes_failures_in_a_row_for_an_outage(self):
-        """Then the door is shut, and nothing is learnt of the limit."""
-        throttle = self.throttle()
-        tickets = [throttle.sent(0.0) for _ in range(10)]
-        for ticket in tickets[:3]:
-            throttle.refused(ticket, 0.1, 503, None)
-        self.assertLessEqual(throttle.until, 0.1)  # bad luck so far
-        throttle.refused(tickets[3], 0.1, None, None)
-        self.assertGreater(throttle.until, 0.1)
-        self.assertEqual((throttle.congestions, throttle.pace), (0, None))
-
-    def drive(self, throttle, count, takes, status=429, idle=None):
-        """Asks as soon as may be, and is answered at once: the time after each request."""
-        now = 0.0
+    def drive(self, throttle, count, takes, now=0.0, retry_after=None):
+        """Asks as soon as may be, and hears 0.02 s later: yields the time and the wait before."""
         for number in range(count):
-            now += throttle.wait(now) + (idle or {}).get(number, 0.0)
-            ticket = throttle.sent(now)
-            if takes(number, now):
+            wait = throttle.wait(now)
+            ticket, now = throttle.sent(now + wait), now + wait + 0.02
+            if takes(now):
                 throttle.answered(ticket, now)
             else:
-                throttle.refused(ticket, now, status, None)
-            yield now
+                throttle.refused(ticket, now, 429, retry_after)
+            yield now, wait
 
-    def test_forgives_failures_at_random(self):
-        """A failure now and then, each followed by an answer, holds nobody back."""
-        *_, end = self.drive(self.throttle(), 200, lambda number, _: number % 5, status=500)
-        self.assertLess(end, 6.0)
+    def test_at_most_doubles_its_rate_each_second(self):
+        """Before any refusal nothing is known: requests leave faster and faster."""
+        (throttle,), (taken,), _ = simulate(Bucket(1e6, 1e6), 4.9, width=1000)
+        counts = collections.Counter(int(at - 0.02) for at in taken)
+        for second in range(1, 4):
+            self.assertTrue(1.8 <= counts[second] / counts[second - 1] <= 2.1, counts)
+        self.assertEqual((throttle.rate, throttle.window, throttle.congestions), (None, None, 0))
 
-    def test_forgives_refusals_at_random(self):
-        """Some servers refuse a few whatever the pace: that is no limit to sink to."""
-        chance = random.Random(5)
-        *_, end = self.drive(self.throttle(), 3000,
-                             lambda number, _: number <= 100 or chance.random() >= 0.04)
-        self.assertLess(end, 60.0)
+    def test_finds_the_rate_and_stays_near_it(self):
+        """Taken / time between two limits is the rate; few requests are refused."""
+        for rate, burst, most in ((0.05, 3, 0.25), (0.5, 5, 0.14), (5, 5, 0.05), (20, 20, 0.02)):
+            with self.subTest(rate=rate):
+                until = 120 + 150 / rate
+                (throttle,), (taken,), (refused,) = simulate(Bucket(rate, burst), until)
+                self.assertAlmostEqual(throttle.rate / rate, 1.0, delta=0.03)
+                self.assertGreater(len(taken), 0.9 * rate * until)
+                self.assertLess(len(refused), most * len(taken))
 
-    def test_forgets_a_measurement_that_was_chance(self):
-        """A pace that has fallen time after time was no limit's: a new beginning."""
-        throttle, limiter, paces, counts = self.throttle(), Bucket(3, 3), [], []
-        for now in self.drive(throttle, 400, lambda number, now: (
-                limiter.take(now) if number < 150 else number % 12)):
-            paces.append(throttle.pace)
-            counts.append(throttle.congestions)
-        self.assertAlmostEqual(paces[149], 3.0, delta=0.2)
-        self.assertIsNone(paces[-1])
-        self.assertEqual(counts, sorted(counts))
-        self.assertLess(now, 90.0)  # at that pace 130 s
+    def test_takes_any_status_of_overload_for_a_refusal(self):
+        """nginx says 503, some providers 529: what follows tells what it means."""
+        first, *others = (simulate(Bucket(5, 5), 60.0, status=status)[1:]
+                          for status in (429, 503, 529, None))
+        self.assertEqual(others, [first] * 3)
 
-    def test_soon_mends_a_first_rough_measurement(self):
-        """Of few requests in little time the rate is not known well: it is soon measured again."""
-        limiter = Bucket(4, 4)
-        _, (taken,), (refused,) = simulate(limiter, 30.0, service=0.5, retry_after=1.0)
-        self.assertGreater(len(taken), 0.85 * (4 * 30 + 4))
-        self.assertLess(len(refused), 8)
+    def test_knows_chance_from_a_limit(self):
+        """Some servers refuse a few whatever the rate: that is no limit, told or not."""
+        for chance, retry_after, rate, least in (
+                (0.05, None, 1e6, 0.85), (0.03, 20.0, 1e6, 0.7), (0.1, None, 1e6, 0.8),
+                (0.03, None, 10, 0.85), (0.03, None, 20, 0.85)):
+            with self.subTest(chance=chance, retry_after=retry_after, rate=rate):
+                (throttle,), (taken,), (refused,) = simulate(
+                    Bucket(rate, rate), 200.0, chance=chance, retry_after=retry_after)
+                self.assertGreater(len(taken), least * 200 * min(rate, 48))
+                self.assertLess(len(refused), (chance + 0.06) * len(taken))
+                self.assertTrue(0.3 * chance * len(taken) < throttle.chance <= len(refused))
 
-    def test_keeps_its_pace_over_an_idle_hour(self):
-        """Time in which nobody asked says nothing about the limit."""
-        throttle, limiter = self.throttle(), Bucket(5, 5)
-        paces = [throttle.pace for _ in self.drive(
-            throttle, 900, lambda _, now: limiter.take(now), idle={500: 3600.0})]
-        self.assertAlmostEqual(min(paces[500:]) / paces[499], 1.0, delta=0.2)
+    def test_obeys_the_retry_after_of_a_limit(self):
+        """Nothing leaves before the server's time; max_delay bounds it."""
+        for asked, high in ((7.0, 15.0), (2.0, 10.0), (90.0, 30.0)):
+            throttle = cometlimit.Throttle(random=lambda: 0.5)
+            *_, (now, _) = self.drive(throttle, 8, lambda _: False, retry_after=asked)
+            self.assertTrue(min(asked, 30.0) - 1e-6 <= throttle.wait(now) <= high, asked)
 
-    def test_never_waits_longer_than_max_delay(self):
-        """Whatever comes back, and in whatever order."""
-        chance = random.Random(3)
-        for _ in range(50):
-            throttle, now, flying = cometlimit.Throttle(20.0, chance.random), 0.0, []
-            for _ in range(200):
-                now += chance.expovariate(1.0)
-                if throttle.until <= now and throttle.wait(now) == 0.0:
-                    flying.append(throttle.sent(now))
-                elif flying:
-                    ticket = flying.pop(chance.randrange(len(flying)))
-                    if chance.random() < 0.5:
-                        throttle.answered(ticket, now)
-                    else:
-                        throttle.refused(ticket, now, chance.choice([429, 503, None]),
-                                         chance.choice([None, 0.1, 50.0, 1e9, math.inf]))
-                self.assertLess(throttle.until - now, 20.001)
+    def test_keeps_its_rate_through_outages_and_idle_hours(self):
+        """Neither says anything about the limit. In an outage the pauses grow, to a bound."""
+        throttle, limiter = cometlimit.Throttle(random=lambda: 0.5), Bucket(5, 5)
+        *_, (now, _) = self.drive(throttle, 600, limiter.take)
+        rate = throttle.rate
+        *_, (now, _) = self.drive(throttle, 300, limiter.take, now + 7200)
+        self.assertAlmostEqual(throttle.rate / rate, 1.0, delta=0.1)
+        waits = [round(wait, 3) for _, wait in self.drive(throttle, 30, lambda _: False, now)]
+        pauses = [wait for wait in waits if wait > 0.3]
+        self.assertEqual(pauses, sorted(pauses))
+        self.assertTrue(5 * pauses[0] < pauses[-1] <= 30.0, pauses)
+        self.assertGreater(throttle.rate, 0.6 * rate)
+
+    def test_ignores_stragglers(self):
+        """Refusals of requests that left before the pause belong to the same congestion."""
+        throttle = cometlimit.Throttle(random=lambda: 0.5)
+        tickets = [throttle.sent(0.01 * number) for number in range(20)]
+        while not throttle.congestions:
+            throttle.refused(tickets.pop(0), 0.2, 429, None)
+        known = throttle.until, throttle.rate, throttle.window, throttle.congestions
+        for ticket in tickets:
+            throttle.refused(ticket, throttle.until - 0.1, 429, 20.0)
+        self.assertEqual(
+            (throttle.until, throttle.rate, throttle.window, throttle.congestions), known)
+
+    def test_finds_the_window_of_a_cap_on_concurrency(self):
+        """Refused at the same number in flight again and again; Retry-After changes nothing."""
+        for most, retry_after in itertools.product((1, 2, 8), (None, 2.0)):
+            with self.subTest(most=most, retry_after=retry_after):
+                (throttle,), (taken,), (refused,) = simulate(
+                    Bucket(0, most), 200.0, retry_after=retry_after)
+                self.assertEqual((throttle.window, throttle.rate), (most, None))
+                self.assertGreater(len(taken), 0.75 * most * 200 / 1.04)
+                self.assertLess(len(refused), 0.12 * len(taken))
+
+    def test_lets_shares_even_out(self):
+        """Clients that share a limit come to even shares, whoever came first."""
+        _, taken, _ = simulate(Bucket(8, 8), 600.0, clients=2)
+        shares = sorted(sum(at > 200.0 for at in times) for times in taken)
+        self.assertGreater(shares[0], 0.6 * shares[1])
+        self.assertGreater(sum(map(len, taken)), 0.93 * 8 * 600)
+
+    def test_gives_sane_numbers_whatever_comes_back(self):
+        """In whatever order: no wait is longer than max_delay, and no state grows."""
+        dice, sizes = random.Random(3), set()
+        throttle, now, flying, known = cometlimit.Throttle(20.0, dice.random), 0.0, [], 0
+        for number in range(20000):
+            now += dice.choice([0.0, 1e-9, 0.01, dice.expovariate(1.0), 3600.0])
+            wait = throttle.wait(now)
+            self.assertTrue(0.0 <= wait <= 20.0 or throttle.window and flying, wait)
+            if wait == 0.0 and len(flying) < 99:
+                flying.append(throttle.sent(now))
+            elif flying:
+                ticket = flying.pop(dice.randrange(len(flying)))
+                if dice.random() < 0.5:
+                    throttle.answered(ticket, now)
+                else:
+                    throttle.refused(ticket, now, dice.choice([429, 503, None]),
+                                     dice.choice([None, 0.0, 0.1, 50.0, 1e9, math.inf]))
+            self.assertGreaterEqual(throttle.congestions, known)
+            self.assertTrue(throttle.rate is None or 0.0 < throttle.rate < 1e9)
+            known = throttle.congestions
+            sizes.add(sum(map(sys.getsizeof, vars(throttle).values())) // 1000)
+        self.assertEqual(sizes, {min(sizes)})
 
 
 def https(server):
@@ -4060,7 +3993,7 @@ class TrustedCertificates(Hostile):
                     self.assertEqual(self.client(server, ca_file=option).ask("Hi"), "yes")
         bad = [(name, path) for path in (none, empty) for name in (
             "ca_file", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")]
-        if sys.version_info >= (3, 8):
+        if sys.version_info >= (3, 8) and not sys.flags.ignore_environment:
             bad.append(("SSLKEYLOGFILE", none))
         for name, path in bad:
             with self.subTest(name=name, path=path), unittest.mock.patch.dict(
