@@ -273,14 +273,11 @@ class Proxy(Server):
         target.shutdown(socket.SHUT_WR)
 
 
-class Compiled:
-    """A copy of the module where its bytecode may stay: processes start twice as fast by it."""
+class Made:
+    """Folders: a copy of the module where its bytecode may stay, so processes start twice as fast;
+    and certificates, by the first test that needs one."""
 
-    folder = None
-
-
-class Certificates:
-    folder = None  # made by the first test that needs it
+    compiled = certificates = None
 
 
 def openssl(*words):
@@ -293,11 +290,11 @@ def certificate(name, signed=True, days="2", usage="keyUsage=critical,keyCertSig
     itself. All have one key. Skips the test where there is no openssl command."""
     if shutil.which("openssl") is None:
         raise unittest.SkipTest("there is no openssl command")
-    if Certificates.folder is None:
-        Certificates.folder = tempfile.mkdtemp()
-        openssl("ecparam", "-genkey", "-name", "prime256v1", "-out", Certificates.folder + "/key")
-    key, words = Certificates.folder + "/key", (name, signed, days, len(usage))
-    base = os.path.join(Certificates.folder, "%s-%s-%s-%s" % words)
+    if Made.certificates is None:
+        Made.certificates = tempfile.mkdtemp()
+        openssl("ecparam", "-genkey", "-name", "prime256v1", "-out", Made.certificates + "/key")
+    key, words = Made.certificates + "/key", (name, signed, days, len(usage))
+    base = os.path.join(Made.certificates, "%s-%s-%s-%s" % words)
     if not os.path.exists(base):
         kind = "IP" if name[0].isdigit() else "DNS"
         with open(base + ".cnf", "w") as file:
@@ -315,7 +312,7 @@ def certificate(name, signed=True, days="2", usage="keyUsage=critical,keyCertSig
 
 def server_context(file):
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(file, Certificates.folder + "/key")
+    context.load_cert_chain(file, Made.certificates + "/key")
     return context
 
 
@@ -324,21 +321,19 @@ def setUpModule():
     for name in list(os.environ):
         if re.match("(?i)cometapi_|.*_proxy$|SSL|.*_CA_BUNDLE$|PYTHON[UD]|REQUEST_M", name):
             del os.environ[name]
-    Compiled.folder = os.environ["PYTHONPATH"] = tempfile.mkdtemp()
+    Made.compiled = os.environ["PYTHONPATH"] = tempfile.mkdtemp()
     os.environ["SSL_CERT_FILE"] = os.devnull  # the system's CAs take 30 ms a client to load
-    shutil.copy(os.path.join(FOLDER, "cometlimit.py"), Compiled.folder)
-    TheDemo.process = subprocess.Popen(PROGRAM + ["--demo"], stdout=subprocess.PIPE,
-                                       stderr=subprocess.PIPE)
+    shutil.copy(os.path.join(FOLDER, "cometlimit.py"), Made.compiled)
+    AnOption.demo = subprocess.Popen(PROGRAM + ["--demo"], stdout=subprocess.PIPE,
+                                     stderr=subprocess.PIPE)
 
 
 def tearDownModule():
-    shutil.rmtree(Compiled.folder)
-    TheDemo.process.kill()
-    TheDemo.process.wait()
-    TheDemo.process.stdout.close()
-    TheDemo.process.stderr.close()
-    if Certificates.folder is not None:
-        shutil.rmtree(Certificates.folder)
+    shutil.rmtree(Made.compiled)
+    with AnOption.demo as process:
+        process.kill()
+    if Made.certificates is not None:
+        shutil.rmtree(Made.certificates)
 
 
 ASK = '''
@@ -349,7 +344,7 @@ with client:
 def start(server, before="", body=ASK, options="", flags=(), shell="exec \"$@\"", **popen):
     """A process that asks a server; its folder is not the module's."""
     source = "\n".join((
-        "import os, sys, threading; sys.path.insert(0, %r)" % Compiled.folder, before,
+        "import os, sys, threading; sys.path.insert(0, %r)" % Made.compiled, before,
         "import cometlimit", "client = cometlimit.Client(api_key=%r, base_url=%r, model='m', %s)"
         % (KEY, server.url, options), body)).replace("\n" + " " * 16, "\n")
     pipe = subprocess.PIPE
@@ -630,15 +625,12 @@ class OneQuestion(Case):
         self.assertEqual({name: request.headers[name] for name in expected}, expected)
 
     def test_is_answered_by_a_completion(self):
-        """It holds what the answer said and took; without content it has an empty text."""
+        """It holds what the answer said and took."""
         done = self.outcome(status(503), self.slow(
             reply("yes", {"x-cometapi-request-id": "r1"}, id="c1")))
         self.assertEqual(done[:-1], ("yes", "m-2024", "stop", {
             "prompt_tokens": 2, "completion_tokens": 3}, "r1", 2, 0.5))
         self.assertEqual(done.body["id"], "c1")
-        for message in ({"content": None, "tool_calls": [{}]}, {}):
-            done = self.outcome(reply("", choices=[{"message": message, "finish_reason": "x"}]))
-            self.assertEqual((done.text, done.finish_reason), ("", "x"))
 
     def test_may_be_awaited(self):
         """submit's Future is one for asyncio; where wait_for() gives up, it is hung up on."""
@@ -1953,7 +1945,6 @@ class TheKey(Case):
         self.assertNotIn(KEY[:3], body)
         self.assertEqual(cometlimit._hider("none")("there is none"), "there is none")
 
-
     def test_is_not_shown_by_debugging_aids(self):
         """Locals in a traceback, http.client's debug level, urllib's opener, audit hooks."""
         seen = []
@@ -2436,7 +2427,6 @@ class OutputRows(CommandLine):
             self.write("piped", [self.cli("-i", "in", "-o", "-", expect=1)])
             self.assertEqual(self.answers("piped"), expected)
         self.assertEqual(sorted(os.listdir(".")), ["in", "out", "piped"])
-
 
     def test_wait_for_a_slow_one_in_bounds(self):
         """In a pipe a result waits for those before it: 16 for each request in flight."""
@@ -3030,11 +3020,9 @@ class AnOption(CommandLine):
         self.assertLessEqual(sum(1 + len(row) // 81 for row in text.splitlines()), 48)
         self.assertEqual(len(re.findall(r"^ +python3 cometlimit\.py ", text, re.M)), 3)
 
-class TheDemo(CommandLine):
-
-    def test_shows_it_all(self):
+    def test_demo_shows_it_all(self):
         """In a few seconds, without key or network, and plain in a pipe: a line a second."""
-        out = self.finish(self.process, 0).decode()
+        out = self.finish(self.demo, 0).decode()
         self.assertRegex(out, r"(?m)^2 s  \d+ answered, \d+ refused(  limit [5-9]\.?\d*/s)?$")
         self.assertRegex(out, r"(?s)\nmodel .*429 x [1-9].*\n40 answered, 0 lost, \d\.\d s\n$")
         self.assertNotRegex(out + self.err, "[\x1b\r]")
@@ -3266,7 +3254,7 @@ class TheReadme(CommandLine):
         self.write("requests.jsonl", rows(3))
         os.environ["PATH"] = os.path.abspath("bin") + os.pathsep + os.environ["PATH"]
         for block in self.blocks("sh"):
-            if "--demo" not in block:  # which TheDemo runs
+            if "--demo" not in block:  # which AnOption runs
                 with self.subTest(block=block):
                     printed = self.run_block(["sh", "-e"], block)
                     if "Say hello" in block:
@@ -3976,7 +3964,7 @@ class TrustedCertificates(Hostile):
         """By ca_file, a bundle of the environment or a directory of hashed names; ca_file wins,
         beside the system's. What is missing or empty is named, with where it was said."""
         authority, none = certificate("ca"), "/no/file"
-        folder, empty = os.path.join(Certificates.folder, "hashed"), Certificates.folder + "/empty"
+        folder, empty = os.path.join(Made.certificates, "hashed"), Made.certificates + "/empty"
         name = openssl("x509", "-hash", "-noout", "-in", authority).strip()
         os.makedirs(folder, exist_ok=True)
         shutil.copy(authority, os.path.join(folder, name + ".0"))
