@@ -1239,7 +1239,7 @@ class _Connection(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        if self.heard > 2 * _MAX_ANSWER:  # http.client would read a chunk of -1 bytes
+        if self.heard > 2 * _MAX_ANSWER:  # a flood of 1xx answers, say, has no end
             raise ValueError("the answer is too long")
         if self.request is not None:
             self.arm()
