@@ -83,6 +83,7 @@ _AFTER_DONE = 1.0       # seconds that a stream may go on after it has said [DON
 _MAX_ANSWER = 64 << 20  # bytes; more than any completion, less than the memory
 _MAX_ERROR = 64 << 10   # bytes; a gateway was seen to send an error of 114 MB
 _SILENT = (408, 504, 524)  # what gateways answer where a request was silent too long
+_MANY = 10              # answers that tell a prompt's own fault from a limit
 _DOUBT = 60.0           # seconds after an answer in which "no money" is not believed
 
 _encode = json.JSONEncoder(allow_nan=False).encode
@@ -391,8 +392,7 @@ class _Call:
         self.since = _now()          # when it began to wait
         self.place = 0               # among the calls that wait for their turn
         self.ticket: Any = None      # the throttle's, while in flight
-        self.sent = 0                # its number among the model's requests
-        self.refused = math.inf      # that number when it was first refused
+        self.refused = math.inf      # the model's answers when it was last refused
         self.attempts = 0
         self.records: Tuple[Record, ...] = ()
         self.request: Optional[_Request] = None  # the last one
@@ -411,8 +411,8 @@ class _Model:
         self.throttle = Throttle(client.max_delay, _random)
         self.new: Deque[_Call] = collections.deque()      # without a thread yet
         self.waiting: Deque[_Call] = collections.deque()  # for their turn
-        self.sent = self.answered = 0       # requests; the latest with an answer
-        self.answered_at = -math.inf        # when that came
+        self.answers = 0                    # so far
+        self.answered_at = -math.inf        # when the last came
         self.stream: Optional[bool] = None  # True: it needs streams; False: it has none
         self.stream_options = True          # False: it refuses this field
 
@@ -571,17 +571,16 @@ class _Pool:
         with self.lock:
             now = _now()
             if isinstance(outcome, Completion):
-                model.answered, model.answered_at = max(model.answered, call.sent), now
+                model.answers, model.answered_at = model.answers + 1, now
                 model.stream = call.stream or model.stream  # it needs what passed
-            # Refused again, although later requests were answered: that is the prompt's
-            # own fault, and says nothing about load.
-            if load is None or call.given_up or call.refused < model.answered:
+            # Refused again, although many others were answered meanwhile: that is the
+            # prompt's own fault, and says nothing about load.
+            if load is None or call.given_up or model.answers >= call.refused + _MANY:
                 throttle.answered(call.ticket, now)
             else:
                 wish = outcome.retry_after if isinstance(outcome, Error) else None
                 throttle.refused(call.ticket, now, load, wish)
-            if load is not None:
-                call.refused = min(call.refused, call.sent)
+            call.refused = call.refused if load is None else model.answers
             stats = self.metrics[self.endpoint.route, model.name]
             stats.rate, stats.window = throttle.rate, throttle.window
             stats.chance = throttle.chance
@@ -757,9 +756,7 @@ class _Gate:
         return math.inf
 
     def _send(self, call: _Call, now: float) -> None:
-        model = call.model
-        model.sent += 1
-        call.sent, call.ticket = model.sent, model.throttle.sent(now)
+        call.ticket = call.model.throttle.sent(now)
         self.in_flight += 1
         if self.client.max_rate is not None:
             self.next_at = now + 1 / self.client.max_rate
@@ -830,9 +827,7 @@ class Throttle:
     """
     START = 20.0        # requests/s at first: one leaves while a refusal comes back
     DIP = 0.97          # of the measured rate, to begin with: a bucket fills a little
-    EVEN = 0.7          # growth ~ rate ** EVEN: under 1, so that small shares catch up
-    GROWN = 25, 47.0    # requests, seconds in which the rate may double: a minute,
-    ROUGH = 6.0         # or this many times the last stretch: a short one is inexact
+    GROWN = 25, 47.0    # requests, seconds in which the rate may double: a minute
     FALL = 0.65         # of the rate is kept by one measurement: it may be an outage
     SPARE = 0.7         # of what a limiter gains in a pause is used at once
     EXACT = 3, 2.0      # requests and seconds that make a measurement
@@ -849,7 +844,7 @@ class Throttle:
         self._count = self._flying = 0      # requests so far; in flight
         self._probe, self._alone = 0, 0.0   # first after the pause; seconds it is alone
         self._shut = 0.0                    # nothing has got through since
-        self._ramp, self._double = self.START, 1.0  # first rate; growth takes so long
+        self._ramp = self.START             # the rate before it is measured
         self._empty, self._since = 0, 0.0   # the stretch's start: ticket, time
         self._lost = self._before = 0       # refused in it; before the suspicion
         self._suspect = Ticket(-1, 0.0, 0)  # the refusal under test
@@ -893,7 +888,7 @@ class Throttle:
         elif ticket.number < self._probe:
             pass                            # the same congestion
         elif self.window is not None and ticket.others >= self.window:
-            self._hold(ticket.others, now, 2 * self._double)    # try one more later
+            self._hold(ticket.others, now)
         elif self._is_limit(ticket, now):
             self._congested(ticket, now, told if self._proved > 1 else 0.0)
 
@@ -925,11 +920,10 @@ class Throttle:
         capped = 0 < others == self._cap and self._passed <= 1
         self._cap, self._passed, self.window = others, 0, None
         if capped:
-            self._hold(others, now, self._double)
+            self._hold(others, now)
 
-    def _hold(self, window: int, now: float, double: float) -> None:
+    def _hold(self, window: int, now: float) -> None:
         self.window, self.rate, self._test = window, None, range(0)
-        self._double = min(self.GROWN[1], double)
         self._probe, self._alone, self.until, self._shut = self._count, 0.0, now, now
 
     def _pause(self, ticket: Ticket, now: float, told: float) -> None:
@@ -950,21 +944,19 @@ class Throttle:
             self._ramp = 0.5 * (self._ramp + 0.69 * taken)
         elif taken >= 1:
             self.rate = max(taken / seconds, self.FALL * (self.rate or 0.0))
-            self._double = min(self.GROWN[1], self.ROUGH * seconds)
         self._lost -= self._before + 1
         self._empty, self._since = empty.number, empty.time
 
     def _growth(self, now: float) -> float:     # 1: the limit may have doubled
         sent, passed = self._count - self._probe, max(0.0, now - self.until)
-        return float(min(sent / self.GROWN[0], passed / self._double) ** 2)
+        return float(min(sent / self.GROWN[0], passed / self.GROWN[1]) ** 2)
 
     def _interval(self, now: float) -> float:
         if self.window is not None:
             return 0.0
         if self.rate is None:               # doubles each second: ln 2 = 0.69
             return 1 / (self._ramp + 0.69 * (self._count - self._probe))
-        grown: float = self.rate ** self.EVEN * self._growth(now)
-        return 1 / (self.DIP * self.rate + grown)
+        return 1 / (self.rate * (self.DIP + self._growth(now)))
 
 
 # Metrics

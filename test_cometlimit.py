@@ -1602,21 +1602,26 @@ class ALimit(Case):
         self.assertEqual("".join(request.prompt for request in server.requests), "abc")
 
     def test_is_not_learnt_from_a_prompt_that_is_refused_each_time(self):
-        """Refused again, though later requests were answered, it says nothing about load."""
+        """Refused again, though many others were answered, it says nothing about load; where few
+        were, it does."""
         self.real_time()
-        told, submitted = [], threading.Event()
-        self.throttle(wait=lambda *_: 0.0, refused=lambda own, *rest: told.append(rest[2:]))
+        for count, times in ((80, 1), (3, 3)):
+            told, submitted = [], threading.Event()
+            self.throttle(wait=lambda *_: 0.0,
+                          refused=lambda own, *rest, told=told: told.append(rest[2:]))
 
-        def line(request):
-            submitted.wait(TIMEOUT)
-            return status(503) if request.prompt == "bad" else reply_echo(request)
-        with Server(forever=line) as server:
-            with self.client(server, max_delay=0.05) as client:
-                bad = client.submit("bad")
-                client.submit("good")
-                submitted.set()
-                self.assertEqual(bad.exception(TIMEOUT).attempts, 5)
-        self.assertEqual(told, [(503, None)])
+            def line(request, submitted=submitted):
+                submitted.wait(TIMEOUT)
+                time.sleep(0.01)
+                return status(503) if request.prompt == "bad" else reply_echo(request)
+            with Server(forever=line) as server:
+                with self.client(server, max_delay=0.25, max_retries=2) as client:
+                    bad = client.submit("bad")
+                    for _ in range(count):
+                        client.submit("good")
+                    submitted.set()
+                    self.assertEqual(bad.exception(TIMEOUT).attempts, 3)
+            self.assertEqual(told, [(503, None)] * times)
 
     def test_wakes_whom_an_answer_lets_go(self):
         """A server with one slot that rests half a second takes no longer than its rests."""
