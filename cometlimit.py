@@ -1034,7 +1034,7 @@ class Metrics(Dict[Tuple[str, str], Stats]):
                 stats.prompt_tokens, stats.completion_tokens,
                 ", ".join("%s x %d" % (status or "none", stats.statuses[status])
                           for status in sorted(stats.statuses, key=str)),
-                "; %d refused by chance" % stats.chance if stats.chance else ""),
+                "; %d of these by chance" % stats.chance if stats.chance else ""),
                 80, initial_indent="  ", subsequent_indent="  ")
         return "\n".join(lines)
 
