@@ -1773,7 +1773,7 @@ class TheMetrics(Case):
         self.assertLessEqual(max(map(len, table.split("\n"))), 80)
         self.assertRegex(table, r"\Amodel +requests +answers +retries +p50 s +p95 s +max s\n"
                                 r"m +5 +4 +1 +\d")
-        for words in models + ["none x 1", "7 refused by chance"]:
+        for words in models + ["none x 1", "7 of these by chance"]:
             self.assertIn(words, table.replace("\n  ", " "))
 
 
