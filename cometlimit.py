@@ -1157,6 +1157,8 @@ class _KeepAliveHandler(urllib.request.BaseHandler):
         for connection in iter(self._take, None):
             connection.close_socket()
 
+    __del__ = close  # of a client that is forgotten
+
 
 class _Connection(io.RawIOBase):
     """A connection that is kept: a stream of answers. Its reads end with the attempt,
