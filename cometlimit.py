@@ -548,14 +548,10 @@ class _Pool:
 
     def _record(self, call: _Call, request: "_Request", outcome: Outcome) -> None:
         code = _code(outcome) if isinstance(outcome, Error) else None
-        usage = outcome.body.get("usage") if isinstance(outcome.body, dict) else None
-        tokens = [count if isinstance(count, int) else 0 for count in map(
-            (usage if isinstance(usage, dict) else {}).get,
-            ("prompt_tokens", "completion_tokens"))]
         record = Record(
             request.wall, self.endpoint.route, call.model.name, request.status,
             _now() - request.began, call.attempts, request.began - call.since,
-            outcome.request_id, code, tokens[0], tokens[1], call.tag)
+            outcome.request_id, code, *_tokens(outcome.body), call.tag)
         with self.lock:
             call.records += (record,)
             key = record.route, record.model
@@ -1011,6 +1007,15 @@ class Stats:
 
 
 _CALLS = ("tool_calls", "function_call")  # of tools, which need no text
+
+
+def _tokens(body: Any) -> Tuple[int, int]:
+    """The prompt's and the answer's tokens, as far as a body tells them."""
+    usage = body.get("usage") if isinstance(body, dict) else None
+    prompt, answer = (count if isinstance(count, int) else 0 for count in map(
+        (usage if isinstance(usage, dict) else {}).get,
+        ("prompt_tokens", "completion_tokens")))
+    return prompt, answer
 
 
 class Metrics(Dict[Tuple[str, str], Stats]):
@@ -2389,9 +2394,7 @@ class _Checkpoint:
                              str(result.get("id")))
             # Rows of other programs have no mark; version 1.0 made marks that fit none.
             self.found[name] = place | int(found and (found.group(1) or "1") or "0", 16)
-            usage = body.get("usage") or {}
-            counts = usage.get("prompt_tokens"), usage.get("completion_tokens")
-            self.tokens += sum(count for count in counts if isinstance(count, int))
+            self.tokens += sum(_tokens(body))
         elif self.found.get(name, 0) <= 0:
             self.found[name] = -place
             code = error.get("code") if isinstance(error, dict) else None
